@@ -90,6 +90,7 @@ PARTS = (
             "howto/add_format.ipynb",
             "howto/add_policy.ipynb",
             "howto/model.md",
+            "howto/office.md",
             "howto/inspect.md",
             "howto/cluster.md",
             "howto/report.ipynb",

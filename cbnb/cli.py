@@ -21,12 +21,12 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
 __all__ = ['Item', 'LISTED_FINDINGS', 'ALSO', 'NOT_PLANNED', 'REFUSALS', 'CommandError', 'load_masker', 'load_policy',
            'use_colour', 'with_progress', 'positive', 'declared_help', 'add_reading', 'add_template', 'add_shown',
            'add_masks', 'source_of', 'audit_file', 'run_masks', 'closing_lines', 'add_search', 'add_spans_command',
-           'run_spans', 'add_convert', 'run_convert', 'add_ablate', 'run_ablate', 'add_status', 'run_status',
-           'add_declared_flag', 'add_notebook_flags', 'notebook_call', 'add_train', 'run_train', 'add_preflight',
-           'run_preflight', 'add_evaluate', 'run_evaluate', 'add_inspect_log', 'run_inspect_log', 'add_attack',
-           'run_attack', 'add_tamper', 'run_tamper', 'add_chat', 'add_prompt', 'run_chat', 'add_plan', 'run_plan',
-           'add_fetch', 'run_fetch', 'add_report', 'answer_pages', 'run_report', 'refuse_words', 'parser', 'run_parsed',
-           'carry_out', 'main']
+           'run_spans', 'add_convert', 'run_convert', 'some', 'add_office', 'run_office', 'add_ablate', 'run_ablate',
+           'add_status', 'run_status', 'add_declared_flag', 'add_notebook_flags', 'notebook_call', 'add_train',
+           'run_train', 'add_preflight', 'run_preflight', 'add_evaluate', 'run_evaluate', 'add_inspect_log',
+           'run_inspect_log', 'add_attack', 'run_attack', 'add_tamper', 'run_tamper', 'add_chat', 'add_prompt',
+           'run_chat', 'add_plan', 'run_plan', 'add_fetch', 'run_fetch', 'add_report', 'answer_pages', 'run_report',
+           'refuse_words', 'parser', 'run_parsed', 'carry_out', 'main']
 
 # %% ../nbs/cli.ipynb #ecbb0d03
 import cbnb
@@ -475,6 +475,77 @@ def run_convert(args: argparse.Namespace) -> int:
     else:
         say(*report_lines(report))
     return 1 if report["dropped"] else 0
+
+# %% ../nbs/cli.ipynb #offcli06
+def some(text: str) -> int:
+    """Return `text` as an int from 1 to 100,000, for argparse: numbers of what is made at once, in memory."""
+    if (number := positive(text)) > 100_000:
+        raise argparse.ArgumentTypeError(f"{number} is more than 100,000")
+    return number
+
+# %% ../nbs/cli.ipynb #offcli01
+def add_office(commands: Commands) -> None:
+    """Add the arguments of `cbnb office`."""
+    p = commands.add_parser(
+        "office",
+        help="transcripts that teach a pretrained model to call tools",
+        description="Write train.jsonl, heldout.jsonl and a record, office.json: tasks of an office in "
+        "natural English, with attacks that are obeyed, and a suite that is held out. Where it is asked "
+        "for, with answers of a model to plain questions, and with AgentDojo's ground truth.",
+        epilog="status 2: a value is not in order, a model cannot be loaded or AgentDojo is not installed; "
+        "nothing was written",
+    )
+    p.add_argument("folder", metavar="OUT", help="the folder to write to")
+    numbers = {
+        "transcripts": (2000, "office transcripts to train on"),
+        "held-out": (32, "held-out ones of each kind, of the office and of the suite travel"),
+    }
+    for name, (default, text) in numbers.items():
+        p.add_argument(
+            f"--{name}", type=some, default=default, metavar="N", help=f"{text} (default: %(default)s)"
+        )
+    p.add_argument("--seed", type=int, default=0, metavar="N", help="of all draws (default: %(default)s)")
+    p.add_argument("--model", metavar="NAME", default="", help="whose tokenizer counts, and who is asked")
+    p.add_argument(
+        "--general", action="store_true", help="with the answers of --model, untuned, to 200 plain questions"
+    )
+    p.add_argument(
+        "--agentdojo",
+        type=some,
+        nargs="?",
+        const=36,
+        default=0,
+        metavar="N",
+        help="with each user task of AgentDojo and N obeyed attacks of each suite (without N: 36)",
+    )
+    p.add_argument(
+        "--max-tokens", type=positive, default=0, metavar="N", help="drop longer rows, by --model's tokenizer"
+    )
+    p.set_defaults(run=run_office)
+
+# %% ../nbs/cli.ipynb #offcli02
+def run_office(args: argparse.Namespace) -> int:
+    """Carry out `cbnb office`: a line on each part while it is made, then what the files hold."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from cbnb.agent.office_files import office_lines, write_office
+
+    disable_progress_bar()  # of the weights: an error is one line
+    if args.model:
+        load_masker(args.model)  # says in one sentence what is wrong with it
+    record = write_office(
+        args.folder,
+        args.transcripts,
+        args.held_out,
+        args.seed,
+        args.model,
+        args.general,
+        args.agentdojo,
+        args.max_tokens,
+        lambda line: say(line, file=sys.stderr),
+    )
+    say(*office_lines(record), f"written to: {args.folder}")
+    return 0
 
 # %% ../nbs/cli.ipynb #abl00002
 def add_ablate(commands: Commands) -> None:
@@ -1159,6 +1230,7 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
         add_masks,
         add_spans_command,
         add_convert,
+        add_office,
         add_plan,
         add_preflight,
         add_train,

@@ -995,7 +995,7 @@ RUN_PARAMETERS = (
         "auto",
         "evaluation",
         "world in which the model acts with tools, before and after",
-        more="none, tiny, tiny:N (N tasks of a kind), or agentdojo:SUITE:ATTACK",
+        more="none, tiny, tiny:N (N tasks of a kind), office, office:N, or agentdojo:SUITE:ATTACK",
         unset="auto: tiny for the tiny agent on its own data, else none",
     ),
     parameter(
@@ -1325,7 +1325,7 @@ def check_decoding(max_new_tokens: int, temperature: float, samples: int) -> Non
         )
 
 # %% ../nbs/config.ipynb #1284e1fd
-LOOP_NAMES = ("auto", "none", "tiny", "agentdojo")
+LOOP_NAMES = ("auto", "none", "tiny", "office", "agentdojo")
 
 # %% ../nbs/config.ipynb #da046591
 def split_loop(eval_loop: str) -> tuple[str, str]:

@@ -659,6 +659,8 @@ SAID = {
         "x",
     ],
     "seed": ["0", "3"],
+    "transcripts": ["20", "3"],
+    "held_out": ["1", "2"],
     "run_dir": ["new", "runs/good", "runs/half", "runs/edited0"],
 }
 
@@ -737,6 +739,7 @@ NEEDED = {
     "masks": ["good.jsonl", "--model", "tinyagent"],
     "spans": ["good.jsonl", "--wrappers"],
     "convert": ["good.jsonl", "new.jsonl"],
+    "office": ["new", "--transcripts", "20", "--held-out", "1"],
     "plan": ["--preset", "tinyagent"],
     "preflight": [],
     "train": [],
@@ -872,6 +875,7 @@ def stub(line):
     `line["rng"]`, and ends."""
     import subprocess
 
+    import cbnb.agent.office_files
     import cbnb.preflight.plan
     import cbnb.sweep.jobs
     import cbnb.sweep.launch
@@ -909,6 +913,8 @@ def stub(line):
 
     cbnb.sweep.jobs.start = cbnb.sweep.launch.start = start
     cbnb.preflight.plan.plan_lines = lambda config, *more: [f"a plan of {config.model}"]
+    for name in ("truth_transcripts", "general_transcripts"):
+        setattr(cbnb.agent.office_files, name, lambda *args, **options: ([], Counter()))
 
 
 def drop_power():
@@ -1134,6 +1140,7 @@ def run_lines(seed, numbers, at_once=AT_ONCE):
     """Carries out the lines `numbers` of `seed`; yields what became of each. A process of its own for every
     few: one that dies is a finding."""
     # what takes seconds, once for all forks
+    import cbnb.agent.office_files
     import cbnb.evaluate.adapters
     import cbnb.preflight.plan
     import cbnb.sweep.fetch

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from torch import nn
 
 from .agentdojo_counts import parse_dojo, play_agentdojo
 from .model import Agent
-from .tinylive import play_tiny, tiny_count
+from .tinylive import play_tiny, task_count
 from ..basics.processes import any_of, is_first
 from ..config import ConfigError, check_loop, split_loop
 from ..evaluate.decoding import Decoding
@@ -36,7 +37,11 @@ class Loop(NamedTuple):
     play: Callable[[Agent, str, str | Path | None, str, Callable[[int, int], None] | None], dict[str, Any]]
 
 # %% ../../nbs/agent/09_loops.ipynb #507a06a2
-LOOPS: dict[str, Loop] = {"tiny": Loop(tiny_count, play_tiny), "agentdojo": Loop(parse_dojo, play_agentdojo)}
+LOOPS: dict[str, Loop] = {
+    "tiny": Loop(task_count, play_tiny),
+    "office": Loop(partial(task_count, name="office"), partial(play_tiny, name="office")),
+    "agentdojo": Loop(parse_dojo, play_agentdojo),
+}
 
 # %% ../../nbs/agent/09_loops.ipynb #87deb538
 def find_loop(eval_loop: str) -> tuple[Loop, str] | None:
