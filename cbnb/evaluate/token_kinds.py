@@ -18,15 +18,15 @@ import numpy as np
 from .call_layout import CONVENTIONS, SIGN, Envelope, sign, unescape
 from ..masking.policies import Encoding
 from ..masking.templates import REASONING_KEYS
-from ..masking.turns import Segment, share_turns
+from ..masking.turns import Rule, Segment, share_turns
 from ..transcripts.record import Transcript
 
 # %% auto #0
 __all__ = ['KIND_NAMES', 'Span', 'SPACE', 'ESCAPE', 'OPENINGS', 'BY_SEGMENT', 'DRAWS', 'BLOCK', 'WORST', 'TokenKind',
            'skip_space', 'json_members', 'string_places', 'without_quotes', 'json_spans', 'python_spans', 'follow',
            'envelope_spans', 'pair_value', 'pair_spans', 'call_spans', 'group_spans', 'spelled', 'said_texts',
-           'were_made', 'thought_core', 'words_span', 'turn_spans', 'token_kinds', 'mean_intervals', 'group_figures',
-           'kind_figures']
+           'were_made', 'thought_core', 'words_span', 'turn_spans', 'marked_kinds', 'token_kinds', 'mean_intervals',
+           'group_figures', 'kind_figures']
 
 # %% ../../nbs/evaluate/11_token_kinds.ipynb #tk849cb4
 from cbnb.evaluate.reader import (
@@ -293,7 +293,7 @@ def turn_spans(
             yield from group_spans(reader.calls, text, at, tools)
         i = stop
 
-# %% ../../nbs/evaluate/11_token_kinds.ipynb #tk1f72d6
+# %% ../../nbs/evaluate/11_token_kinds.ipynb #tkmarks1
 BY_SEGMENT = np.full(256, TokenKind.UNKNOWN, np.uint8)
 BY_SEGMENT[[Segment.REASONING, Segment.TEXT, Segment.TOOL_NAME]] = (
     TokenKind.THINKING,
@@ -302,6 +302,13 @@ BY_SEGMENT[[Segment.REASONING, Segment.TEXT, Segment.TOOL_NAME]] = (
 )
 
 
+def marked_kinds(encoding: Encoding) -> np.ndarray:
+    """Return the `TokenKind` of each token by where the masker located it, uint8 [n]: `unknown` for a call
+    but its name, and for reasoning that no mark of its own encloses, since tags belong to it."""
+    by_tags = (encoding.segments == Segment.REASONING) & (encoding.rules != Rule.MARK)
+    return np.where(by_tags, TokenKind.UNKNOWN, BY_SEGMENT[encoding.segments])
+
+# %% ../../nbs/evaluate/11_token_kinds.ipynb #tk1f72d6
 def token_kinds(encoding: Encoding, transcript: Transcript, reader: AnswerReader) -> np.ndarray:
     "Return the `TokenKind` of each token of an encoded `transcript`, uint8 [n]."
     text, messages = encoding.text, transcript.messages[: len(encoding.roles)]
@@ -317,7 +324,7 @@ def token_kinds(encoding: Encoding, transcript: Transcript, reader: AnswerReader
             chars[max(places[start], turn.body) : places[end]] = kind
         chars[turn.eot : turn.end] = TokenKind.END
     kinds = np.maximum.reduceat(chars, encoding.offsets.ravel())[::2] if len(encoding.offsets) else chars[:0]
-    return np.where(kinds == TokenKind.UNKNOWN, BY_SEGMENT[encoding.segments], kinds)
+    return np.where(kinds == TokenKind.UNKNOWN, marked_kinds(encoding), kinds)
 
 # %% ../../nbs/evaluate/11_token_kinds.ipynb #tke734e4
 DRAWS, BLOCK = 1000, 100  # samples of the bootstrap, and how many of them are drawn at once
