@@ -115,9 +115,9 @@ def benign_divergence(
             *(last.flatten(0, 1)[rows["predicting_index"]].split(size) for last in finals)
         ):
             ours, theirs = head.logits(ours), of_teacher(theirs)
-            kl, agreed = token_kl(ours, theirs).double(), ours.argmax(-1) == theirs.argmax(-1)
-            sums.append((kl.sum().item(), agreed.sum().item(), len(ours)))
-            parts.append((kl.cpu().numpy(), agreed.cpu().numpy()))
+            kl, same = token_kl(ours, theirs).double(), ours.argmax(-1) == theirs.argmax(-1)
+            sums.append((kl.sum().item(), same.sum().item(), len(ours)))
+            parts.append((kl.cpu().numpy(), same.cpu().numpy()))
         if reader is not None:
             about = (rows[name].cpu().numpy() for name in ("kinds", "owners"))
             tokens.append((*map(np.concatenate, zip(*parts)), *about))

@@ -37,8 +37,8 @@ __all__ = ['MEASURES', 'ANSWERED', 'TOKEN_ROWS', 'LOOP_FIGURES', 'REASONS', 'STY
            'curves', 'linear_ticks', 'log_ticks', 'tick_text', 'pixels', 'svg_path', 'svg_intervals', 'svg_dots',
            'svg_line', 'svg_text', 'svg_axes', 'svg_note', 'svg_panel', 'static_svg', 'figure_bundle', 'show',
            'rate_trace', 'dial_trace', 'dial_axes', 'dial_rows', 'dial_figure', 'show_dials', 'tune_dial',
-           'tamper_figure', 'attack_traces', 'attack_axes', 'attack_figure', 'dial_section', 'report_page',
-           'write_report', 'told_of', 'write_run_report']
+           'tamper_figure', 'attack_traces', 'attack_axes', 'attack_figure', 'dial_section', 'table_parts',
+           'report_page', 'write_report', 'told_of', 'write_run_report']
 
 # %% ../../nbs/report/00_figures.ipynb #c205d231
 from ..basics.jsonfiles import RunError, write_owned
@@ -222,7 +222,7 @@ def token_cells(figures: dict[str, Any], limit: float) -> list[str]:
         f"{format_number(figures.get('top1'))} ({figures.get('agreed', 0):,})",
     ]
 
-
+# %% ../../nbs/report/00_figures.ipynb #fig2kinds
 def token_table(kinds: dict[str, dict[str, Any]], floor: dict[str, Any] | None = None) -> pd.DataFrame:
     """Return the figures of a domain by kind of token (`cbnb.evaluate.token_kinds.kind_figures`) as text, one
     row per kind that there is: tokens, mean KL with its 95 % interval, the mean of the worst hundredth, and
@@ -264,7 +264,7 @@ def divergence_tables(
     exact = ("Exact match by kind of question", exact_table(results))
     return [*tables[:1], exact, *tables[1:]] if tables else []
 
-
+# %% ../../nbs/report/00_figures.ipynb #fig4kinds
 def divergence_words(results: dict[str, dict[str, Any]]) -> str:
     "Return the sentence above the `divergence_tables` of `results`: how much of the targets is no choice."
     domains = (kinds for r in results.values() for kinds in (r.get("heldout_tokens") or {}).values())
@@ -1591,6 +1591,19 @@ def dial_section(name: str, dial: dict[str, Any]) -> dict[str, Any]:
         "lines": [(name, list(map(broken_at_comma, row))) for name, row in zip(table.index, table.values)],
     }
 
+# %% ../../nbs/report/00_figures.ipynb #fig8kind
+def table_parts(tables: Iterable[tuple[str, pd.DataFrame]]) -> list[dict[str, Any]]:
+    "Return what the page of a run shows of each of `tables`, `(title, table of text)`."
+    return [
+        {
+            "title": title,
+            "head": t.index.name,
+            "columns": [*t],
+            "lines": list(zip(t.index, t.values.tolist())),
+        }
+        for title, t in tables
+    ]
+
 # %% ../../nbs/report/00_figures.ipynb #4bf0c0f9
 def report_page(
     title: str,
@@ -1624,7 +1637,6 @@ def report_page(
         k: v if isinstance(v, str) else "" if v is None else json.dumps(v, default=str, ensure_ascii=False)
         for k, v in parameters.items()
     }
-    by_kind = divergence_tables(results or {}, floor)
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(REPORT_PAGE)
     return template.render(
         title=visible(title),
@@ -1632,15 +1644,7 @@ def report_page(
         notes=[visible(note) for note in notes],
         columns=list(text.columns),
         lines=list(zip(text.index, text.values.tolist(), strict=True)),
-        divergence=[
-            {
-                "title": t,
-                "head": f.index.name,
-                "columns": [*f],
-                "lines": list(zip(f.index, f.values.tolist())),
-            }
-            for t, f in by_kind
-        ],
+        divergence=table_parts(by_kind := divergence_tables(results or {}, floor)),
         divergence_words=divergence_words(results or {}) if by_kind else "",
         loop_columns=list(acted.columns),
         loop_lines=list(zip(acted.index, acted.values.tolist(), strict=True)),
