@@ -100,12 +100,13 @@ def load_streams(
 class Sample:
     """One transcript, ready for training: `input_ids` int32 [S] and `loss_mask` bool [S] over its tokens.
     `soft_place`: the token before which a soft prompt may stand (`cbnb.step.soft`), the first one behind the
-    injected text; 0: none."""
+    injected text; 0: none. `kinds`: what each token is a part of, uint8 [S], where that was asked for."""
 
     input_ids: np.ndarray
     loss_mask: np.ndarray
     transcript: str  # the transcript's id, so that a bad sample can be traced to its line
     soft_place: int = 0
+    kinds: np.ndarray | None = None
 
 # %% ../../nbs/data/03_streams.ipynb #tw3drp01
 TWIN_DROPS = {
@@ -338,6 +339,7 @@ def encode_stream(
     truncation: str = "targets",
     split_turns: bool = False,
     lost_context: str = "drop",
+    kinds_of: Callable[[Encoding, Transcript], np.ndarray] | None = None,
 ) -> tuple[list[Sample], StreamReport]:
     """Encode every transcript (or, with `split_turns`, every assistant turn of it with all before it), mask
     it by `policy`, truncate it to `max_length` tokens at its `truncation` end (`truncation_window`).
@@ -347,8 +349,9 @@ def encode_stream(
     that took the last one (`lost_to_truncation`), and so is one with an answer of which the template writes
     nothing (`lost_words`), and one of which truncation has cut off what it answers (`request_cut`,
     `injection_cut`: `cbnb.masking.targets.cut_context`; together `lost_context`), unless `lost_context` is
-    `"keep"`. Raises MaskError where a turn cannot be located or the template writes no tool calls
-    (`drop_refused` leaves such transcripts out before), EmptyStream where nothing is left of the stream."""
+    `"keep"`. `kinds_of(encoding, transcript)` gives `Sample.kinds`. Raises MaskError where a turn cannot be
+    located or the template writes no tool calls (`drop_refused` leaves such transcripts out before),
+    EmptyStream where nothing is left of the stream."""
     samples: list[Sample] = []
     report, last = StreamReport(), None
     for transcript, encoding in encoded_pairs(transcripts, masker, split_turns):
@@ -362,7 +365,8 @@ def encode_stream(
         count_row(report, row, transcript, encoding)
         if row.dropped:
             continue
-        samples.append(Sample(encoding.input_ids[row.keep], row.mask[row.keep], transcript.id))
+        kinds = None if kinds_of is None else kinds_of(encoding, transcript)[row.keep]
+        samples.append(Sample(encoding.input_ids[row.keep], row.mask[row.keep], transcript.id, kinds=kinds))
         report.tokens += len(samples[-1].input_ids)
         report.target_tokens += int(samples[-1].loss_mask.sum())
     report.samples = len(samples)

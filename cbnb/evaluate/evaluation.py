@@ -6,28 +6,30 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
 
 # %% auto #0
-__all__ = ['heldout_batches', 'benign_divergence', 'harmful_cosine', 'benign_by_domain', 'describe_decoding', 'question_figures',
-           'evaluate']
+__all__ = ['target_kinds', 'heldout_batches', 'benign_divergence', 'harmful_cosine', 'benign_by_domain', 'describe_decoding',
+           'question_figures', 'evaluate']
 
 # %% ../../nbs/evaluate/07_evaluation.ipynb #a40bcadc
 from ..basics.terminal import warn
 from ..config import CircuitBreakerConfig
-from ..data.streams import encode_stream, pad_rows
+from ..data.streams import Sample, encode_stream, pad_rows
 from .answers import answer_figures, answer_questions, collect, deal
 from .benchmarks import questions
 from .decoding import Decoding, stop_tokens, wide_logits
 from .reader import AnswerReader, derive_reader
 from .scores import check_readable, is_attack, without_question
+from .token_kinds import kind_figures, token_kinds
 from ..masking.actions import for_policy
 from ..masking.masker import ChatMasker
 from ..step.fused_kl import chunk_for
@@ -37,6 +39,15 @@ from ..step.models import base_model
 from ..step.passes import both_passes
 from ..transcripts.record import Transcript
 
+# %% ../../nbs/evaluate/07_evaluation.ipynb #ev0kind1
+def target_kinds(samples: Sequence[Sample], numbers: dict[str, int]) -> dict[str, torch.Tensor]:
+    """Return `kinds` (uint8 [N]) and `owners` (int64 [N]) of the N targets of `samples` in the order of
+    `predicting_index` in their padded rows: the kind of token, and the number of its transcript by its id."""
+    masks = [sample.loss_mask[1:] for sample in samples]  # nothing predicts token 0
+    kinds = [s.kinds[1:][mask] for s, mask in zip(samples, masks) if s.kinds is not None]
+    owners = [np.full(mask.sum(), numbers[s.transcript]) for s, mask in zip(samples, masks)]
+    return {name: torch.from_numpy(np.concatenate(x)) for name, x in (("kinds", kinds), ("owners", owners))}
+
 # %% ../../nbs/evaluate/07_evaluation.ipynb #3e929a8c
 def heldout_batches(
     student: PeftModel,
@@ -45,11 +56,14 @@ def heldout_batches(
     config: CircuitBreakerConfig,
     label: str,
     batch_size: int,
+    reader: AnswerReader | None = None,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Yield padded rows (`cbnb.data.streams.pad_rows`) of the transcripts, masked by the policy of `label`
     (benign or harmful), on the student's device; of several processes each gets its share. Warns of
     transcripts without a target, of targets that were cut off, and of rows that lost what they answer: they
-    are not in the figures."""
+    are not in the figures. With a `reader` rows have, for each of the N targets in their order, `kinds`
+    (`cbnb.evaluate.token_kinds.TokenKind`, uint8 [N]) and `owners`, the number of its transcript (int64 [N]).
+    """
     policy = getattr(config, f"{label}_policy")
     samples, report = encode_stream(
         for_policy(transcripts, policy),
@@ -60,12 +74,17 @@ def heldout_batches(
         config.truncation,
         config.split_turns,
         config.lost_context,
+        kinds_of=None if reader is None else lambda encoding, t: token_kinds(encoding, t, reader),
     )
     if report.dropped or report.counts["targets_cut"] or report.counts["lost_context"]:
         warn(f"held-out {label}: {report}")
     samples = sorted(samples, key=lambda s: len(s.input_ids))  # less padding; the figures are means
+    numbers = {name: n for n, name in enumerate(dict.fromkeys(s.transcript for s in samples))}
     for start in deal(student, range(0, len(samples), batch_size)):
-        rows = pad_rows(samples[start : start + batch_size], masker.tokenizer.pad_token_id)
+        some = samples[start : start + batch_size]
+        rows = pad_rows(some, masker.tokenizer.pad_token_id)
+        if reader is not None:
+            rows |= target_kinds(some, numbers)
         yield {name: tensor.to(student.device) for name, tensor in rows.items()}
 
 # %% ../../nbs/evaluate/07_evaluation.ipynb #e2c0130e
@@ -77,26 +96,34 @@ def benign_divergence(
     config: CircuitBreakerConfig,
     teacher: nn.Module | None = None,
     batch_size: int = 16,
-) -> dict[str, float]:
+    reader: AnswerReader | None = None,
+) -> dict[str, Any]:
     """Return `{"kl", "top1"}`: mean D_KL(teacher ‖ student) in nats at T = 1, and the share of positions
     where both prefer the same token, over the targets of `config.benign_policy`, from float32 logits of a few
-    positions at a time."""
+    positions at a time. With the `reader` of `masker` also `kinds`, the figures by kind of token
+    (`cbnb.evaluate.token_kinds.kind_figures`)."""
     student.eval()
     head = find_head(student)
     of_teacher = teacher_logits(student, head, teacher)
     size = chunk_for(student.config.get_text_config().vocab_size, student.device)
-    sums = []
-    for rows in heldout_batches(student, masker, transcripts, config, "benign", batch_size):
+    sums, tokens = [], []
+    for rows in heldout_batches(student, masker, transcripts, config, "benign", batch_size, reader):
         sides = both_passes(student, teacher, rows, config, head.norm, final=True)
         finals = [last for _, last in sides if last is not None]  # final=True: both are there
+        parts = []
         for ours, theirs in zip(
             *(last.flatten(0, 1)[rows["predicting_index"]].split(size) for last in finals)
         ):
             ours, theirs = head.logits(ours), of_teacher(theirs)
-            kl = token_kl(ours, theirs).double().sum().item()
-            sums.append((kl, (ours.argmax(-1) == theirs.argmax(-1)).sum().item(), len(ours)))
+            kl, same = token_kl(ours, theirs).double(), ours.argmax(-1) == theirs.argmax(-1)
+            sums.append((kl.sum().item(), same.sum().item(), len(ours)))
+            parts.append((kl.cpu().numpy(), same.cpu().numpy()))
+        if reader is not None:
+            about = (rows[name].cpu().numpy() for name in ("kinds", "owners"))
+            tokens.append((*map(np.concatenate, zip(*parts)), *about))
     total, agree, n = map(sum, zip(*collect(student, sums)))
-    return {"kl": total / n, "top1": agree / n}
+    by_kind = reader and kind_figures(*map(np.concatenate, zip(*collect(student, tokens))))
+    return {"kl": total / n, "top1": agree / n} | ({"kinds": by_kind} if by_kind else {})
 
 # %% ../../nbs/evaluate/07_evaluation.ipynb #937aae6e
 @torch.no_grad()
@@ -187,22 +214,25 @@ def evaluate(
 ) -> dict[str, Any]:
     """Return every figure of a run's result for the student as it is now (untrained, it is the `before`).
 
-    Keys: those of `question_figures`; `heldout_kl` and `heldout_top1` by `meta["domain"]` (`in_domain`
-    where none is given); `harmful_cosine`. What cannot be measured on these transcripts (no harmful ones,
+    Keys: those of `question_figures`; `heldout_kl`, `heldout_top1` and `heldout_tokens`, both by kind of
+    token (`cbnb.evaluate.token_kinds.kind_figures`), by `meta["domain"]` (`in_domain` where none is given);
+    `harmful_cosine`. What cannot be measured on these transcripts (no harmful ones,
     no expected answers) is None or left out of its map. `reader`: that of `masker`
     (`cbnb.evaluate.reader.derive_reader`), made where none is given. With a `folder` answers go to its
     answers.jsonl under the name `stage`, and an evaluation that was interrupted there goes on. Raises
     ValueError for held-out transcripts of which none has a target, or that need calls which cannot be read
     (`check_readable`)."""
+    reader = derive_reader(masker) if reader is None else reader
     result = question_figures(student, masker, transcripts, decoding, reader, folder, stage)
     divergence = {
-        d: benign_divergence(student, masker, ts, config, teacher, config.batch_size)
+        d: benign_divergence(student, masker, ts, config, teacher, config.batch_size, reader)
         for d, ts in benign_by_domain(transcripts).items()
     }
     harmful = [t for t in transcripts if t.label == "harmful"]
     return result | {
         "heldout_kl": {d: v["kl"] for d, v in divergence.items()},
         "heldout_top1": {d: v["top1"] for d, v in divergence.items()},
+        "heldout_tokens": {d: v["kinds"] for d, v in divergence.items()},
         "harmful_cosine": harmful_cosine(student, masker, harmful, config, teacher, config.batch_size)
         if harmful
         else None,

@@ -9,8 +9,9 @@ import ast
 import json
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,11 @@ from ..masking.templates import MaskError
 # %% auto #0
 __all__ = ['CDATA', 'HARMONY', 'LOOSE_NAME', 'LOOSE_ARGUMENTS', 'CONVERSATION', 'CHECK_TYPES', 'CHECK_NAMES', 'CHECK_TOOLS',
            'CHECK_TEXT', 'CHECK', 'BLANKS', 'Answer', 'declared_types', 'only_text', 'value_of', 'clean', 'nested_at',
-           'PairReader', 'CallReader', 'recipient_first', 'split_thought', 'strip_frame', 'loose_calls',
-           'unmarked_calls', 'message_calls', 'parse_response', 'AnswerReader', 'call_message', 'prompt_gap',
-           'has_gaps', 'check_prompts', 'read_back', 'answer_difference', 'check_text', 'call_cases',
-           'first_difference', 'check_call_reading', 'end_in_words', 'end_fault', 'derive_reader', 'unreadable']
+           'PairReader', 'CallReader', 'recipient_first', 'thought_patterns', 'thought_span', 'split_thought',
+           'strip_span', 'frame_span', 'strip_frame', 'loose_calls', 'unmarked_calls', 'message_calls',
+           'parse_response', 'AnswerReader', 'call_message', 'prompt_gap', 'has_gaps', 'check_prompts', 'read_back',
+           'answer_difference', 'check_text', 'call_cases', 'first_difference', 'check_call_reading', 'end_in_words',
+           'end_fault', 'derive_reader', 'unreadable']
 
 # %% ../../nbs/evaluate/03_reader.ipynb #11c537d8
 from cbnb.evaluate.call_layout import (
@@ -330,34 +332,67 @@ def recipient_first(text: str) -> str:
     return HARMONY.sub(lambda m: f" to={m[2]}{SIGN}<|channel|>{m[1]} {m[3] or 'json'}", text)
 
 # %% ../../nbs/evaluate/03_reader.ipynb #c3316e4e
+@lru_cache(64)
+def thought_patterns(thought: tuple | None) -> list[tuple[re.Pattern, re.Pattern, bool]]:
+    """Return the expressions of what may open and close the reasoning `thought` (of a `Frame`), and whether
+    what opens it may be nothing."""
+    return [
+        (
+            re.compile(r"\s*" + literal_pattern(opening.strip())),
+            re.compile(r"\s*" + literal_pattern(closing.strip()) + r"\s*"),
+            bool(thought or opening.strip()),
+        )
+        for opening, closing in thought_tags(thought)
+    ]
+
+# %% ../../nbs/evaluate/03_reader.ipynb #rdspan01
+def thought_span(text: str, frame: Frame) -> tuple[int, int, int | None]:
+    """Return `(start, end, behind)`: the characters of the reasoning at the beginning of `text`, and where
+    what follows it begins; all 0 without reasoning, `behind` None where reasoning does not end."""
+    for opens, closes, may_open in thought_patterns(frame.thought):
+        if m := closes.match(text):
+            return 0, 0, m.end()
+        if not (m := opens.match(text)) or not may_open:
+            continue
+        if end := closes.search(text, m.end()):
+            return m.end(), end.start(), end.end()
+        return m.end(), len(text), None
+    return 0, 0, 0
+
+# %% ../../nbs/evaluate/03_reader.ipynb #rdthought
 def split_thought(text: str, frame: Frame) -> tuple[str, int | None]:
     """Return `(reasoning, where it ends)` at the beginning of `text`; the end is 0 without reasoning, None
     where reasoning does not end."""
-    for opening, closing in thought_tags(frame.thought):
-        opens, closes = (
-            re.compile(r"\s*" + literal_pattern(tag.strip()) + tail)
-            for tag, tail in ((opening, ""), (closing, r"\s*"))
-        )
-        if m := closes.match(text):
-            return "", m.end()
-        if not (m := opens.match(text)) or not (frame.thought or opening.strip()):
-            continue
-        if end := closes.search(text, m.end()):
-            return text[m.end() : end.start()].strip(), end.end()
-        return text[m.end() :].strip(), None
-    return "", 0
+    start, end, behind = thought_span(text, frame)
+    return text[start:end].strip(), behind
 
 # %% ../../nbs/evaluate/03_reader.ipynb #08abe772
+def strip_span(text: str, start: int, end: int) -> tuple[int, int]:
+    "Return the characters `start` to `end` of `text` without the white space at both ends; blank ones: none."
+    core = text[start:end].strip()
+    at = text.index(core, start) if core else start
+    return at, at + len(core)
+
+# %% ../../nbs/evaluate/03_reader.ipynb #rdframe1
+def frame_span(text: str, start: int, end: int, frame: Frame) -> tuple[int, int]:
+    """Return the characters of `text`, from `start` to `end`, between the literals that a template writes
+    before and behind it."""
+    start, end = strip_span(text, start, end)
+    heads = (re.compile(literal_pattern(literal.strip())).match(text, start, end) for literal in frame.before)
+    if m := next(filter(None, heads), None):
+        start = m.end()
+    tails = (
+        re.compile(literal_pattern(literal.strip()) + r"\s*\Z").search(text, start, end)
+        for literal in frame.after
+    )
+    if m := next(filter(None, tails), None):
+        end = m.start()
+    return strip_span(text, start, end)
+
+# %% ../../nbs/evaluate/03_reader.ipynb #rdframe2
 def strip_frame(text: str, frame: Frame) -> str:
     "Return `text` without the literals that a template writes before and behind it."
-    text = text.strip()
-    heads = (re.match(literal_pattern(literal.strip()), text) for literal in frame.before)
-    if m := next(filter(None, heads), None):
-        text = text[m.end() :]
-    tails = (re.search(literal_pattern(literal.strip()) + r"\s*\Z", text) for literal in frame.after)
-    if m := next(filter(None, tails), None):
-        text = text[: m.start()]
-    return text.strip()
+    return text[slice(*frame_span(text, 0, len(text), frame))]
 
 # %% ../../nbs/evaluate/03_reader.ipynb #329d3e25
 LOOSE_NAME, LOOSE_ARGUMENTS = (
@@ -511,6 +546,14 @@ class AnswerReader:
         ids, complete = self.body_ids(ids)
         return self.read_text(self.frame.given + spell(self.masker, ids), tools, complete)
 
+    def call_groups(
+        self, text: str, i: int, tools: Sequence[dict] | None
+    ) -> Iterator[tuple[int, list[dict], int]]:
+        "Yield `(start, calls, end)` of all calls in the signed `text` from character `i` on."
+        while self.calls and (match := self.calls.next_calls(text, i, tools)):
+            yield match
+            i = match[2]
+
     def read_text(self, text: str, tools: Sequence[dict] | None = None, complete: bool = False) -> Answer:
         """Return as `read` does, of a signed text (`cbnb.evaluate.call_layout.spell`) that begins with what
         the generation prompt has written of the answer."""
@@ -523,8 +566,7 @@ class AnswerReader:
             return Answer(clean(reasoning), ended=complete, problem="its reasoning does not end")
         calls: list[dict] = []
         pieces: list[str] = []
-        while self.calls and (match := self.calls.next_calls(text, i, tools)):
-            start, more, end = match
+        for start, more, end in self.call_groups(text, i, tools):
             pieces.append(text[i:start])
             calls += more
             i = end

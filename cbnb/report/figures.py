@@ -22,21 +22,23 @@ import pandas as pd
 import plotly.graph_objects as go
 
 # %% auto #0
-__all__ = ['MEASURES', 'ANSWERED', 'LOOP_FIGURES', 'REASONS', 'STYLES', 'TEXT_COLOUR', 'LINE_OF', 'PanelOf', 'PANELS', 'SLOW',
-           'WIDTH', 'HEIGHT', 'MARGIN', 'COLUMNS', 'LINES', 'LOOK', 'ATTACK_LINES', 'KIND_COLOURS', 'KIND_DASHES',
-           'DIAL_HEIGHT', 'DIAL_MARGIN', 'DIAL_COLUMNS', 'VICTIM_LINES', 'ATTACK_HEIGHT', 'ATTACK_GAP', 'ATTACK_MARGIN',
-           'ATTACK_COLUMNS', 'TICKS_SHOWN', 'REPORT_PAGE', 'floor_words', 'told_from', 'readable_table', 'rate_counts',
-           'interval_words', 'flat_figures', 'figures_table', 'results_of', 'result_table', 'loop_table',
-           'reason_lines', 'loop_notes', 'loop_lines', 'unasked_notes', 'answer_notes', 'result_notes', 'all_notes',
-           'data_notes', 'alarm_lines', 'dial_counts', 'dial_table', 'question_words', 'dial_lines', 'best_point',
-           'attack_table', 'attack_words', 'attack_lines', 'tamper_table', 'tamper_words', 'tamper_lines',
-           'figure_lines', 'newest_notebook', 'describe_run', 'main', 'as_float', 'series', 'summary', 'terms_in',
-           'short', 'term_title', 'coefficient_title', 'panels_of', 'axis_range', 'spread', 'neighbours', 'thin',
-           'columns_of', 'line', 'axis_ids', 'end_labels', 'panel_axes', 'panel', 'curves', 'linear_ticks', 'log_ticks',
-           'tick_text', 'pixels', 'svg_path', 'svg_intervals', 'svg_dots', 'svg_line', 'svg_text', 'svg_axes',
-           'svg_note', 'svg_panel', 'static_svg', 'figure_bundle', 'show', 'rate_trace', 'dial_trace', 'dial_axes',
-           'dial_rows', 'dial_figure', 'show_dials', 'tune_dial', 'tamper_figure', 'attack_traces', 'attack_axes',
-           'attack_figure', 'dial_section', 'report_page', 'write_report', 'told_of', 'write_run_report']
+__all__ = ['MEASURES', 'ANSWERED', 'TOKEN_ROWS', 'LOOP_FIGURES', 'REASONS', 'STYLES', 'TEXT_COLOUR', 'LINE_OF', 'PanelOf',
+           'PANELS', 'SLOW', 'WIDTH', 'HEIGHT', 'MARGIN', 'COLUMNS', 'LINES', 'LOOK', 'ATTACK_LINES', 'KIND_COLOURS',
+           'KIND_DASHES', 'DIAL_HEIGHT', 'DIAL_MARGIN', 'DIAL_COLUMNS', 'VICTIM_LINES', 'ATTACK_HEIGHT', 'ATTACK_GAP',
+           'ATTACK_MARGIN', 'ATTACK_COLUMNS', 'TICKS_SHOWN', 'REPORT_PAGE', 'floor_words', 'told_from',
+           'readable_table', 'rate_counts', 'interval_words', 'flat_figures', 'figures_table', 'results_of',
+           'result_table', 'token_cells', 'token_table', 'exact_table', 'divergence_tables', 'divergence_words',
+           'divergence_lines', 'loop_table', 'reason_lines', 'loop_notes', 'loop_lines', 'unasked_notes',
+           'answer_notes', 'result_notes', 'all_notes', 'data_notes', 'alarm_lines', 'dial_counts', 'dial_table',
+           'question_words', 'dial_lines', 'best_point', 'attack_table', 'attack_words', 'attack_lines', 'tamper_table',
+           'tamper_words', 'tamper_lines', 'figure_lines', 'newest_notebook', 'describe_run', 'main', 'as_float',
+           'series', 'summary', 'terms_in', 'short', 'term_title', 'coefficient_title', 'panels_of', 'axis_range',
+           'spread', 'neighbours', 'thin', 'columns_of', 'line', 'axis_ids', 'end_labels', 'panel_axes', 'panel',
+           'curves', 'linear_ticks', 'log_ticks', 'tick_text', 'pixels', 'svg_path', 'svg_intervals', 'svg_dots',
+           'svg_line', 'svg_text', 'svg_axes', 'svg_note', 'svg_panel', 'static_svg', 'figure_bundle', 'show',
+           'rate_trace', 'dial_trace', 'dial_axes', 'dial_rows', 'dial_figure', 'show_dials', 'tune_dial',
+           'tamper_figure', 'attack_traces', 'attack_axes', 'attack_figure', 'dial_section', 'table_parts',
+           'report_page', 'write_report', 'told_of', 'write_run_report']
 
 # %% ../../nbs/report/00_figures.ipynb #c205d231
 from ..basics.jsonfiles import RunError, write_owned
@@ -191,6 +193,96 @@ def results_of(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def result_table(before: dict[str, Any], after: dict[str, Any]) -> pd.DataFrame:
     "Return the `figures_table` of a run: before and after."
     return figures_table({"before": before, "after": after})
+
+# %% ../../nbs/report/00_figures.ipynb #fig1kind
+# kind of token (`cbnb.evaluate.token_kinds.TokenKind`) in the order of a table: its name there
+TOKEN_ROWS = {
+    "all": "all of them",
+    "call_value": "argument values",
+    "call_name": "tool names",
+    "call_key": "argument names",
+    "text": "words",
+    "thinking": "reasoning",
+    "call_syntax": "syntax and markers",
+    "end": "ends of turns",
+    "prompt": "not the assistant's",
+    "unknown": "not located",
+}
+
+# %% ../../nbs/report/00_figures.ipynb #fig2kind
+def token_cells(figures: dict[str, Any], limit: float) -> list[str]:
+    "Return the cells of one kind of token in a `token_table`; a KL below `limit` is said to be below it."
+    low, high = figures.get("interval") or (None, None)
+    between = "" if low is None or high is None else f"{format_number(low, 2)} to {format_number(high, 2)}"
+    return [
+        f"{figures['tokens']:,}",
+        told_from(figures.get("kl"), limit),
+        between,
+        told_from(figures.get("worst"), limit),
+        f"{format_number(figures.get('top1'))} ({figures.get('agreed', 0):,})",
+    ]
+
+# %% ../../nbs/report/00_figures.ipynb #fig2kinds
+def token_table(kinds: dict[str, dict[str, Any]], floor: dict[str, Any] | None = None) -> pd.DataFrame:
+    """Return the figures of a domain by kind of token (`cbnb.evaluate.token_kinds.kind_figures`) as text, one
+    row per kind that there is: tokens, mean KL with its 95 % interval, the mean of the worst hundredth, and
+    the share (and number) of tokens that both models find likeliest. `floor` as in `readable_table`."""
+    limit = floor_limit((floor or {}).get("kl", 0.0))
+    names = [name for name in TOKEN_ROWS if name in kinds]
+    columns = ["tokens", "KL, nats per token", "95 %", "worst 1 %", "top-1 agreement"]
+    index = pd.Index([TOKEN_ROWS[name] for name in names], name="targets")
+    return pd.DataFrame([token_cells(kinds[n], limit) for n in names], index, columns, dtype=object)
+
+# %% ../../nbs/report/00_figures.ipynb #fig3kind
+def exact_table(results: dict[str, dict[str, Any]]) -> pd.DataFrame:
+    """Return exact match of `results`, by name, as text: one row per kind of question, a column each with
+    count and 95 % interval."""
+    columns: dict[str, dict[str, str]] = {}
+    for name, result in results.items():
+        attempts = result.get("decoding", {}).get("samples", 1)
+        counts = {row.partition(" "): n for row, n in rate_counts(result).items()}
+        columns[visible(name)] = {
+            visible(kind.replace("_", " ")): interval_words(hits, n, attempts)
+            for (key, _, kind), (hits, n) in counts.items()
+            if key == "exact_match"
+        }
+    return pd.DataFrame(columns, dtype=object).fillna("—").rename_axis("questions")
+
+# %% ../../nbs/report/00_figures.ipynb #fig4kind
+def divergence_tables(
+    results: dict[str, dict[str, Any]], floor: dict[str, Any] | None = None
+) -> list[tuple[str, pd.DataFrame]]:
+    """Return `(title, table)` of the `token_table` of each of `results` (by name) and each domain, and behind
+    the first one the `exact_table` of all. A model that does not differ from its teacher at all has no table;
+    [] where none is left, or nothing was measured by kind."""
+    tables = [
+        (visible(f"KL by kind of token, {name}, {domain.replace('_', ' ')}"), token_table(kinds, floor))
+        for name, figures in results.items()
+        for domain, kinds in (figures.get("heldout_tokens") or {}).items()
+        if kinds.get("all", {}).get("kl", 0) != 0
+    ]
+    exact = ("Exact match by kind of question", exact_table(results))
+    return [*tables[:1], exact, *tables[1:]] if tables else []
+
+# %% ../../nbs/report/00_figures.ipynb #fig4kinds
+def divergence_words(results: dict[str, dict[str, Any]]) -> str:
+    "Return the sentence above the `divergence_tables` of `results`: how much of the targets is no choice."
+    domains = (kinds for r in results.values() for kinds in (r.get("heldout_tokens") or {}).values())
+    kinds = next(kinds for kinds in domains if "all" in kinds)
+    rest = sum(kinds.get(name, {"tokens": 0})["tokens"] for name in ("call_syntax", "end"))
+    return (
+        f"{100 * rest / kinds['all']['tokens']:.0f} % of the targets are syntax and ends of turns, where "
+        "little is decided: a mean over all targets hides what was lost. Read it by kind, with the worst 1 % "
+        "of the tokens, and beside exact match."
+    )
+
+# %% ../../nbs/report/00_figures.ipynb #fig5kind
+def divergence_lines(results: dict[str, dict[str, Any]], floor: dict[str, Any] | None = None) -> list[str]:
+    "Return the `divergence_tables` of `results` as lines for a terminal; none where there are none."
+    if not (tables := divergence_tables(results, floor)):
+        return []
+    lines = [["", title, *table.rename_axis(None).to_string().split("\n")] for title, table in tables]
+    return ["", divergence_words(results), *(line for part in lines for line in part)]
 
 # %% ../../nbs/report/00_figures.ipynb #5409d1ed
 LOOP_FIGURES = (
@@ -533,7 +625,8 @@ def figure_lines(path: str | Path) -> list[str]:
         return []
     table = readable_table(figures_table(results), result.get("floor")).to_string()
     notes = (f"note: {note}" for note in [*all_notes(results), *data_notes(result)])
-    return [*table.split("\n"), *loop_lines(result), *dial_lines(result), "", *notes]
+    by_kind = divergence_lines(results, result.get("floor"))
+    return [*table.split("\n"), *by_kind, *loop_lines(result), *dial_lines(result), "", *notes]
 
 # %% ../../nbs/report/00_figures.ipynb #d1baa636
 def newest_notebook(path: Path) -> Path | None:
@@ -1431,6 +1524,7 @@ h1, td, th { overflow-wrap: anywhere; } h1 { font-size: 1.5rem; } h2 { font-size
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child, .text td { text-align: left; white-space: normal; } tbody th { font-weight: normal; } svg { max-width: 100%; height: auto; }
+caption { text-align: left; font-weight: 600; padding: .75rem 0 .25rem; }
 .wide { overflow-x: auto; } .dial td { white-space: normal; min-width: 6.2em; vertical-align: top; } .dial tbody th { white-space: nowrap; }
 </style></head><body>
 <h1>{{ title }}</h1>
@@ -1441,7 +1535,12 @@ th:first-child, .text td { text-align: left; white-space: normal; } tbody th { f
 {% for name, cells in lines %}<tr><th scope="row">{{ name }}</th>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table>
 {% if "n" in columns %}<p>n: how many answers stand behind a rate. — is what was not measured.</p>
-{% endif %}{% if loop_lines %}<h2>Acting with tools</h2>
+{% endif %}{% if divergence %}<h2>KL by kind of token, beside exact match</h2>
+<p>{{ divergence_words }}</p>
+{% for part in divergence %}<table><caption>{{ part.title }}</caption><thead><tr><th scope="col">{{ part.head }}</th>{% for c in part.columns %}<th scope="col">{{ c }}</th>{% endfor %}</tr></thead><tbody>
+{% for name, cells in part.lines %}<tr><th scope="row">{{ name }}</th>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</tbody></table>
+{% endfor %}{% endif %}{% if loop_lines %}<h2>Acting with tools</h2>
 {% for note in loop_notes %}<p>{{ note }}</p>{% endfor %}
 <table><thead><tr><th scope="col">measure</th>{% for c in loop_columns %}<th scope="col">{{ c }}</th>{% endfor %}</tr></thead><tbody>
 {% for name, cells in loop_lines %}<tr><th scope="row">{{ name }}</th>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
@@ -1492,6 +1591,19 @@ def dial_section(name: str, dial: dict[str, Any]) -> dict[str, Any]:
         "lines": [(name, list(map(broken_at_comma, row))) for name, row in zip(table.index, table.values)],
     }
 
+# %% ../../nbs/report/00_figures.ipynb #fig8kind
+def table_parts(tables: Iterable[tuple[str, pd.DataFrame]]) -> list[dict[str, Any]]:
+    "Return what the page of a run shows of each of `tables`, `(title, table of text)`."
+    return [
+        {
+            "title": title,
+            "head": t.index.name,
+            "columns": [*t],
+            "lines": list(zip(t.index, t.values.tolist())),
+        }
+        for title, t in tables
+    ]
+
 # %% ../../nbs/report/00_figures.ipynb #4bf0c0f9
 def report_page(
     title: str,
@@ -1506,6 +1618,7 @@ def report_page(
     answers: str = "",
     attacks: dict[str, Any] | None = None,
     tamper: dict[str, Any] | None = None,
+    results: dict[str, dict[str, Any]] | None = None,
 ) -> str:
     """Return one self-contained page (str, well-formed as XML too) with the result table, the curves and the
     parameters of a run, in the words of its `terms` (`terms_in`; by default those of `rr`), and where there
@@ -1514,7 +1627,8 @@ def report_page(
     `title`, `notes`, parameters and the table's names may come from anyone: all are escaped. `table` is shown
     as by `readable_table`, with the rounding `floor`; `dials` by name, a section each (`dial_section`);
     `answers` links the page of all answers (empty: none); `attacks` is an attacks.json, and
-    `tamper` a tamper.json (None: there was none)."""
+    `tamper` a tamper.json (None: there was none); of `results` (`results_of`) the `divergence_tables` are
+    shown."""
     text, acted = readable_table(table, floor), loop_table(loops or {})
     broken = attack_table(attacks) if attacks else pd.DataFrame()
     opened = tamper_table(tamper) if tamper else pd.DataFrame()
@@ -1530,6 +1644,8 @@ def report_page(
         notes=[visible(note) for note in notes],
         columns=list(text.columns),
         lines=list(zip(text.index, text.values.tolist(), strict=True)),
+        divergence=table_parts(by_kind := divergence_tables(results or {}, floor)),
+        divergence_words=divergence_words(results or {}) if by_kind else "",
         loop_columns=list(acted.columns),
         loop_lines=list(zip(acted.index, acted.values.tolist(), strict=True)),
         loop_notes=loop_notes(loops or {}),
@@ -1561,14 +1677,15 @@ def write_report(
     answers: str = "",
     attacks: dict[str, Any] | None = None,
     tamper: dict[str, Any] | None = None,
+    results: dict[str, dict[str, Any]] | None = None,
 ) -> Path:
     """Write `report_page` to `path` under a temporary name, then rename it; return the path. Offline,
     script-free, light and dark.
 
     `rows` of metrics.jsonl, `table` a frame of numbers (one row per measure, e.g. columns before, after),
     `parameters` name → value; `floor` as in `readable_table`, `terms` as in `curves`,
-    `loops`, `dials`, `answers`, `attacks` and `tamper` as in `report_page`."""
-    more = (loops, dials, answers, attacks, tamper)
+    `loops`, `dials`, `answers`, `attacks`, `tamper` and `results` as in `report_page`."""
+    more = (loops, dials, answers, attacks, tamper, results)
     page = report_page(title, rows, table, parameters, notes, floor, terms, *more)
     write_owned(path, withhold(page).encode())
     return Path(path)
@@ -1594,5 +1711,5 @@ def write_run_report(folder: str | Path, result: dict[str, Any]) -> Path:
     answers = "answers.html" if (folder / "answers.html").is_file() else ""
     parts = (folder.name, rows, table, result["parameters"], notes, floor, terms)
     attacks, tamper = (read_record(folder / name) for name in ("attacks.json", "tamper.json"))
-    more = (result.get("loop"), result.get("dial"), answers, attacks, tamper)
+    more = (result.get("loop"), result.get("dial"), answers, attacks, tamper, results_of(result))
     return write_report(folder / "report.html", *parts, *more)

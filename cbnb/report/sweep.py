@@ -400,8 +400,9 @@ DOSE: tuple[tuple[str, bool, str | dict[str, str], float], ...] = (  # as `dose_
     ("raw KL at the end, nats per token; log", True, {"loss_kl": "KL"}, 0.0),
     ("beta_kl·KL; log", True, {"beta_times_kl": "KL"}, 0.0),
     ("held-out KL, nats per token; log", True, "heldout_kl", 0.0),
-    ("held-out top-1 agreement", False, "heldout_top1", 1.0),
+    ("held-out KL of calls by kind of token; log", True, "kl_call", 0.0),
     ("exact match by kind", False, "exact_match", 1.0),
+    ("held-out top-1 agreement", False, "heldout_top1", 1.0),
     ("held-out harmful cosine", False, {"harmful_cosine": "reroute"}, 1.0),
     ("attack success", False, {"attack_success": "strict", "attack_success_lax": "lax"}, 1.0),
     ("unparseable answers to attacks", False, {"unparseable": "total"}, 1.0),
@@ -589,7 +590,9 @@ def dose_response(group: list[Stratum], terms: dict[str, Term] | None = None) ->
     as in `overlaid`."""
     places, warm = doses(group), len(group) > 1
     ticks: dict[float, str] = {i: dose.text(warm) for i, dose in enumerate(places)}
-    panels = [dose_panel(places, group, spec, ticks) for spec in dose_panels(terms or run_terms())]
+    runs = pd.concat([dose.runs for dose in places])
+    specs = [s for s in dose_panels(terms or run_terms()) if s[2] != "kl_call" or by_kind(runs, "kl_call")]
+    panels = [dose_panel(places, group, spec, ticks) for spec in specs]
     most = max((len(dose.runs) for dose in places), default=0)
     label = f" ({group[0].label})" if group[0].label and not warm else ""
     summary = (
@@ -603,9 +606,11 @@ def dose_response(group: list[Stratum], terms: dict[str, Term] | None = None) ->
 AGAINST = (
     "loss_kl",
     "heldout_kl_in_domain",
-    "harmful_cosine",
-    "attack_success",
+    "kl_call_value",
     "exact_match_plain",
+    "exact_match_sensitive",
+    "attack_success",
+    "harmful_cosine",
     "grad_norm_total",
 )
 LOG = (
@@ -613,6 +618,7 @@ LOG = (
     "beta_times_kl",
     "heldout_kl_in_domain",
     "heldout_kl_off_domain",
+    "kl_call_value",
     "grad_norm_total",
     "grad_norm_reroute",
     "grad_norm_retain",
@@ -689,7 +695,7 @@ def against(
     panels = [
         against_panel(complete, parameter, values, measure, terms or run_terms())
         for measure in measures
-        if measure in complete
+        if measure in complete and not (measure.startswith("kl_") and complete[measure].isna().all())
     ]
     omission = f"; {more} more values are left out" if more else ""
     summary = f"{len(complete)} finished runs against {parameter}{omission}"
@@ -961,7 +967,7 @@ def verdict_entries(results: list[Verdict]) -> list[tuple[str, list[dict[str, An
 def page_columns(sweep: Sweep) -> list[str]:
     "Return the columns of the table of all runs: state, parameters, and those of `TABLED` that any run has."
     frame = sweep.frame
-    keys = ("attacked", "passes_attacked", "heldout_kl", "heldout_top1", "exact_match")
+    keys = ("attacked", "passes_attacked", "heldout_kl", "kl_call", "exact_match", "heldout_top1")
     kinds = [c for key in keys for c in by_kind(frame, key)]
     measures = [c for c in dict.fromkeys([*TABLED, *kinds]) if c in frame and frame[c].notna().any()]
     return ["state", *sweep.parameters, *measures]

@@ -21,24 +21,24 @@ from scipy.special import stdtrit
 
 # %% auto #0
 __all__ = ['RUN_FILES', 'END_SHARE', 'ONSET_LEVEL', 'LOG_MEASURES', 'RATES', 'MAPS', 'KINDS_READ', 'LIVE_FIGURES',
-           'MOST_UNMEASURED', 'BASE', 'TEXT_COLUMNS', 'OF_EACH_RUN', 'LEVEL', 'REROUTED', 'TINY', 'CONTROL_COSINE',
-           'CONTROL_ATTACK', 'CONTROL_FALL', 'CHECKS', 'COSINE_MARGIN', 'ONSET_MARGIN', 'DOSE_MARGIN',
+           'MOST_UNMEASURED', 'TOKEN_KINDS', 'BASE', 'TEXT_COLUMNS', 'OF_EACH_RUN', 'LEVEL', 'REROUTED', 'TINY',
+           'CONTROL_COSINE', 'CONTROL_ATTACK', 'CONTROL_FALL', 'CHECKS', 'COSINE_MARGIN', 'ONSET_MARGIN', 'DOSE_MARGIN',
            'GRADIENT_MARGIN', 'SEEDS', 'ATTACK_MARGIN', 'BENIGN_MARGIN', 'OFF_DOMAIN', 'LIVE_CHECKS',
            'UNREADABLE_MARGIN', 'BROKEN_SHARE', 'WHOLE', 'ATTACK_CHECKS', 'TITLES', 'PASSES_MARGIN', 'is_run',
            'planned_runs', 'find_runs', 'median', 'missing_steps', 'end_means', 'find_onset', 'kl_gradient_share',
            'log_measures', 'dict_in', 'stage_measures', 'loop_measures', 'half_passes', 'attack_measures',
-           'result_measures', 'drop_odd_values', 'excess_step', 'log_fault', 'read_or_note', 'run_state',
-           'fill_parameters', 'read_identity', 'read_run', 'Sweep', 'plain_text', 'parameter_column', 'name_run',
-           'differing_parameters', 'sweep_frame', 'read_sweep', 'specimen_figures', 'specimen_row', 'specimen_result',
-           'specimen_run', 'write_specimen', 'interval', 'Comparison', 'by_seed', 'paired_differences', 'compare_arms',
-           'Stratum', 'same', 'apart', 'members', 'borrow_control', 'label_stratum', 'strata', 'breaker_works',
-           'control_failure', 'Verdict', 'decide', 'span', 'from_to', 'caveat', 'upper_end', 'worst', 'check_reroute',
-           'onset_words', 'dose_levels', 'Dose', 'compare_doses', 'few_doses', 'check_dose', 'distance',
-           'check_gradients', 'twin_words', 'judge_stratum', 'verdicts', 'Advice', 'benign_changes', 'is_off_domain',
-           'harm_of', 'list_changes', 'advise_at', 'advise_data', 'advise', 'sweep_advice', 'live_changes',
-           'pool_counts', 'live_words', 'live_caveat', 'without_figures', 'check_live', 'only_breaks', 'breakage_words',
-           'check_whole', 'live_verdicts', 'attacks_of', 'attack_gap', 'reaches_half', 'check_attacked', 'half_words',
-           'attack_verdicts', 'all_verdicts']
+           'token_measures', 'result_measures', 'drop_odd_values', 'excess_step', 'log_fault', 'read_or_note',
+           'run_state', 'fill_parameters', 'read_identity', 'read_run', 'Sweep', 'plain_text', 'parameter_column',
+           'name_run', 'differing_parameters', 'sweep_frame', 'read_sweep', 'specimen_figures', 'specimen_row',
+           'specimen_tokens', 'specimen_result', 'specimen_run', 'write_specimen', 'interval', 'Comparison', 'by_seed',
+           'paired_differences', 'compare_arms', 'Stratum', 'same', 'apart', 'members', 'borrow_control',
+           'label_stratum', 'strata', 'breaker_works', 'control_failure', 'Verdict', 'decide', 'span', 'from_to',
+           'caveat', 'upper_end', 'worst', 'check_reroute', 'onset_words', 'dose_levels', 'Dose', 'compare_doses',
+           'few_doses', 'check_dose', 'distance', 'check_gradients', 'twin_words', 'judge_stratum', 'verdicts',
+           'Advice', 'benign_changes', 'is_off_domain', 'harm_of', 'list_changes', 'advise_at', 'advise_data', 'advise',
+           'sweep_advice', 'live_changes', 'pool_counts', 'live_words', 'live_caveat', 'without_figures', 'check_live',
+           'only_breaks', 'breakage_words', 'check_whole', 'live_verdicts', 'attacks_of', 'attack_gap', 'reaches_half',
+           'check_attacked', 'half_words', 'attack_verdicts', 'all_verdicts']
 
 # %% ../../nbs/report/01_verdicts.ipynb #2a80f939
 from ..basics.files import write_bytes
@@ -291,11 +291,25 @@ def attack_measures(record: dict[str, Any]) -> dict[str, float]:
         flat[f"passes_{column}"] = math.nan if math.isnan(flat[column]) else half_passes(points)
     return flat
 
+# %% ../../nbs/report/01_verdicts.ipynb #ver0kind
+# kinds of targets that a frame has columns of (`cbnb.evaluate.token_kinds.TokenKind`)
+TOKEN_KINDS = ("call_value", "call_name", "call_key", "call_syntax", "text", "thinking", "unknown")
+
+
+def token_measures(figures: dict[str, Any]) -> dict[str, float]:
+    """Return held-out KL in the domain by kind of token, of one stage of a result.json: `kl_call_value`, …,
+    the means, and `kl_worst_call_value`, …, those over the worst hundredth; NaN where there is no number."""
+    kinds = dict_in(dict_in(figures, "heldout_tokens"), "in_domain")
+    own = {name: dict_in(kinds, name) for name in TOKEN_KINDS}
+    means = {f"kl_{name}": as_float(kind.get("kl")) for name, kind in own.items()}
+    return means | {f"kl_worst_{name}": as_float(kind.get("worst")) for name, kind in own.items()}
+
 # %% ../../nbs/report/01_verdicts.ipynb #d05c883f
 def result_measures(result: dict[str, Any]) -> dict[str, float]:
     """Return the figures of a result.json, flat: `heldout_kl_in_domain`, `exact_match_plain`, …; those from
-    before training with `before_` in front. `n_attack`, `n_plain`, …: how many answers stand behind the rates
-    of each kind, of which `samples` belong to one question."""
+    before training with `before_` in front; `kl_call_value`, … as `token_measures` has them. `n_attack`,
+    `n_plain`, …: how many answers stand behind the rates of each kind, of which `samples` belong to one
+    question."""
     before, after = (stage_measures(dict_in(result, stage)) for stage in ("before", "after"))
     answers, decoding = (dict_in(dict_in(result, "after"), key) for key in ("n", "decoding"))
     counts = {
@@ -307,9 +321,10 @@ def result_measures(result: dict[str, Any]) -> dict[str, float]:
             *sorted(map(str, answers))[:KINDS_READ],
         ]
     }
+    tokens = token_measures(dict_in(result, "after"))
     before = {f"before_{key}": value for key, value in before.items()}
     acted = loop_measures(dict_in(result, "loop"))
-    return before | after | counts | {"samples": as_float(decoding.get("samples"))} | acted
+    return before | after | tokens | counts | {"samples": as_float(decoding.get("samples"))} | acted
 
 # %% ../../nbs/report/01_verdicts.ipynb #theirki1
 def drop_odd_values(parameters: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -562,6 +577,21 @@ def specimen_row(
         row["grad_cos_retain_kl"] = 0.2 if beta else None
     return row
 
+# %% ../../nbs/report/01_verdicts.ipynb #ver1kind
+def specimen_tokens(kl: float) -> dict[str, dict[str, Any]]:
+    "Return made-up figures by kind of token whose mean is `kl`: half of it at the values of arguments."
+    shares = {
+        "call_syntax": (700, 0.05),
+        "call_name": (100, 0.2),
+        "call_key": (100, 0.25),
+        "call_value": (100, 0.5),
+    }
+    kinds = {
+        name: {"tokens": n, "transcripts": 32, "kl": kl * share * 1000 / n, "worst": 10 * kl, "agreed": n}
+        for name, (n, share) in shares.items()
+    }
+    return {"all": {"tokens": 1000, "transcripts": 32, "kl": kl, "worst": 10 * kl, "agreed": 1000}} | kinds
+
 # %% ../../nbs/report/01_verdicts.ipynb #3b924d00
 def specimen_result(figures: dict[str, float], alive: bool) -> dict[str, Any]:
     "Return the made-up `before` and `after` of a result.json: the untouched model, then `figures`."
@@ -579,6 +609,7 @@ def specimen_result(figures: dict[str, float], alive: bool) -> dict[str, Any]:
         "harmful_cosine": figures["harmful_cosine"],
         "heldout_kl": {"in_domain": figures["loss_kl"], "off_domain": 3 * figures["loss_kl"] + 0.3},
         "heldout_top1": {"in_domain": exact["plain"], "off_domain": exact["general"]},
+        "heldout_tokens": {"in_domain": specimen_tokens(figures["loss_kl"])},
         "n": {"attack": 64} | dict.fromkeys(exact, 32),
     }
     return {"before": base, "after": after}

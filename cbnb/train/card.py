@@ -23,9 +23,9 @@ from ..config import PRESETS, CircuitBreakerConfig, config_to_dict
 from ..data.streams import Sample
 
 # %% auto #0
-__all__ = ['HELD_OUT', 'SETTINGS', 'data_fingerprint', 'markdown_table', 'template_lines', 'attack_section', 'figure_text',
-           'last_parts', 'settings_table', 'twin_words', 'data_lines', 'loss_text', 'card_text', 'write_card',
-           'refresh_card']
+__all__ = ['HELD_OUT', 'SETTINGS', 'data_fingerprint', 'markdown_table', 'template_lines', 'attack_section', 'divergence_section',
+           'figure_text', 'last_parts', 'settings_table', 'twin_words', 'data_lines', 'loss_text', 'card_text',
+           'write_card', 'refresh_card']
 
 # %% ../../nbs/train/07_card.ipynb #9c145395
 from cbnb.report.figures import (
@@ -34,6 +34,8 @@ from cbnb.report.figures import (
     attack_words,
     best_point,
     data_notes,
+    divergence_tables,
+    divergence_words,
     interval_words,
     readable_table,
     result_table,
@@ -103,6 +105,16 @@ def attack_section(record: dict | None) -> list[str]:
     words = attack_words(record)[len(rows) :]
     return [*title, markdown_table(table), "", *(f"- {line}" for line in words), ""]
 
+# %% ../../nbs/train/07_card.ipynb #card0kl1
+def divergence_section(results: dict[str, dict], floor: dict | None) -> list[str]:
+    """Return what the card says of KL by kind of token, beside exact match, in lines of Markdown
+    (`cbnb.report.figures.divergence_tables`); nothing where there is none."""
+    if not (tables := divergence_tables(results, floor)):
+        return []
+    parts = [[f"{title}:", "", markdown_table(table), ""] for title, table in tables]
+    title = "### KL by kind of token, beside exact match"
+    return [title, "", divergence_words(results), "", *(line for part in parts for line in part)]
+
 # %% ../../nbs/train/07_card.ipynb #18369a0b
 HELD_OUT, SETTINGS = "## Held out, before and after", "## Settings"
 
@@ -116,6 +128,7 @@ def figure_text(result: dict, attacks: dict | None = None, tamper: dict | None =
         markdown_table(readable_table(result_table(result["before"], result["after"]), result.get("floor"))),
         "",
     ]
+    lines += divergence_section(results_of(result), result.get("floor"))
     if notes := all_notes(results_of(result)):
         lines += [*(f"- {note}" for note in notes), ""]
     if alarms := alarm_lines(result.get("alarms")):

@@ -47,7 +47,11 @@ def verdict_text(sweep: Sweep) -> str:
 # %% ../../nbs/widgets/05_sweep.ipynb #fcffde52
 def measures(sweep: Sweep) -> list[str]:
     "Return the measures of a sweep's frame that any run has, the most telling first."
-    kinds = [c for key in ("heldout_kl", "heldout_top1", "exact_match") for c in by_kind(sweep.frame, key)]
+    kinds = [
+        c
+        for key in ("heldout_kl", "kl_call", "exact_match", "heldout_top1")
+        for c in by_kind(sweep.frame, key)
+    ]
     columns = [
         *AGAINST,
         *kinds,
@@ -69,9 +73,11 @@ SHOWN = (
     "loss_kl",
     "harmful_cosine",
     "attack_success",
-    "exact_match_plain",
     "heldout_kl_in_domain",
     "heldout_kl_off_domain",
+    "kl_call_value",
+    "exact_match_plain",
+    "exact_match_sensitive",
     "onset_step",
     "grad_norm_total",
 )
