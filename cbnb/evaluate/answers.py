@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict
@@ -18,6 +19,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from ..basics.processes import from_first, gather_lists, is_first, rank, share_of
+from ..basics.terminal import tell_progress
 from .decoding import Decoding, generate_batch, item_seed, stop_tokens, until_end
 from .reader import AnswerReader
 from .scores import group_of, injected_texts, plain, rates, score
@@ -271,7 +273,8 @@ def answer_questions(
     todo, keys = plan_batches(prompts, [t.id for t in transcripts], decoding, key_of, there)
     model.eval()
     new = []
-    for batch, attempt in deal(model, todo):
+    every, what = 5.0 if is_first() else math.inf, f"{stage or 'evaluation'}: answers, batches"
+    for batch, attempt in tell_progress(deal(model, todo), what, every):
         seeds = [item_seed(decoding.seed, transcripts[i].id, attempt) for i in batch]
         pad = masker.tokenizer.pad_token_id
         answers = generate_batch(model, [prompts[i] for i in batch], ends, pad, decoding, seeds)
