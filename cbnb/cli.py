@@ -691,8 +691,9 @@ def run_sft(args: argparse.Namespace) -> int:
     whole = complete({k: v for k, v in parameters.items() if k != "run_dir"}, notebook_parameters(notebook))[
         1
     ]
-    check_agent(whole, world_size())
-    place = Path(whole["out"]).expanduser().absolute() if whole["out"] else None
+    if NOTEBOOK_PARAMETERS["agent"].keys() <= whole.keys() | {"run_dir"}:  # else it is somebody's own
+        check_agent(whole, world_size())
+    place = Path(parameters["out"]).expanduser().absolute() if parameters.get("out") else None
     if place:
         check_place(place, Path(parameters.get("run_dir") or "").name)
     path, status = train(notebook, parameters)

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..basics.jsonfiles import RunError, read_json
-from ..config import NOTEBOOK_PARAMETERS, CircuitBreakerConfig, ConfigError, check_limits, config_to_dict
+from cbnb.config import (
+    NOTEBOOK_PARAMETERS,
+    CircuitBreakerConfig,
+    ConfigError,
+    check_limits,
+    config_to_dict,
+    convert_items,
+)
 from ..run.settings import check_data, model_facts, settings_of, template_source, template_values
 from ..run.stages import Run
 from ..transcripts.holdout import heldout_kinds
@@ -31,10 +38,13 @@ def agent_config(parameters: Mapping[str, Any]) -> CircuitBreakerConfig:
     for name in ("labels", "eval_questions", "max_new_tokens"):
         check_limits(name, parameters[name], NOTEBOOK_PARAMETERS["agent"][name].limits)
     model, remote = parameters["model"], parameters["trust_remote_code"]
-    every = (0, model_facts(model, remote).blocks - 1)
-    steps = parameters["total_steps"]
+    blocks, steps = model_facts(model, remote).blocks, parameters["total_steps"]
+    layers = convert_items("lora_layers", tuple[int, int], parameters["lora_layers"] or (0, blocks - 1))
+    check_limits("lora_layers", layers, {"at_least": 0, "at_most": blocks - 1})
     defaults = {
-        "lora_layers": every,
+        "lora_layers": layers,
+        "target_layers": layers[1:],  # idle, as all of the breaker's objective
+        "hidden_state_mode": "hooks",
         "warmup_steps": min(max(1, steps // 20), steps - 1),
         "diagnose_steps": 0,
         "benign_policy": POLICY,
@@ -83,20 +93,22 @@ def trained_on(harmful: Stream, benign: Stream, labels: str) -> dict[str, Stream
 
 # %% ../../nbs/sft/00_settings.ipynb #sft00fn4
 def check_place(place: Path, run: str) -> None:
-    """Raise RunError for a folder `place` of a model that is there and that the run named `run` has not made,
-    or that lies in no folder that can be written."""
-    if os.path.lexists(place):
-        record = read_json(place / "agent.json") if (place / "agent.json").is_file() else None
-        if not isinstance(record, dict) or record.get("run") != run:
-            raise RunError(f"{place} is there already, and is not replaced: give another out")
-    parent = next(folder for folder in place.parents if folder.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise RunError(f"{place} cannot be made, since {parent} cannot be written: give another out")
+    """Raise RunError for a folder `place` of a model that is there and that the run named `run` has not
+    made."""
+    if not os.path.lexists(place):
+        return
+    record = read_json(place / "agent.json") if (place / "agent.json").is_file() else None
+    if not isinstance(record, dict) or record.get("run") != run:
+        raise RunError(f"{place} is there already, and is not replaced: give another out")
 
 # %% ../../nbs/sft/00_settings.ipynb #sft00fn6
 def model_place(out: str, run: Run) -> Path:
-    """Return the folder of the fine-tuned model: `out`, or `model` in the directory of the `run`. Raises as
-    `check_place`."""
+    """Return the folder of the fine-tuned model: `out`, or `model` in the directory of the `run`; the folder
+    that it lies in is made. Raises RunError where that cannot be, and as `check_place`."""
     place = Path(out).expanduser().absolute() if out else run.path / "model"
     check_place(place, run.path.name)
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise RunError(f"{place} cannot be made ({e.strerror}): give another out") from e
     return place
