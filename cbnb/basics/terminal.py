@@ -206,12 +206,12 @@ def tell_progress(
 ) -> Iterator[Item]:
     """Yield the `items`, and `tell` after each `every` seconds how many of them are done: `what`, such as
     "before: answers, batches", then "3 of 12, 40 s left". What takes less time is told nobody."""
-    start = told = time.monotonic()
+    start = last = time.monotonic()
     for done, item in enumerate(items):
-        if done and (now := time.monotonic()) - told >= every:
+        if done and (now := time.monotonic()) - last >= every:
             left = (now - start) / done * (len(items) - done)
             tell(f"{what} {done} of {len(items)}, {left:.0f} s left")
-            told = now
+            last = now
         yield item
 
 # %% ../../nbs/basics/02_terminal.ipynb #79ccf573

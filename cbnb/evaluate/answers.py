@@ -20,6 +20,13 @@ from torch import nn
 
 from ..basics.processes import from_first, gather_lists, is_first, rank, share_of
 from ..basics.terminal import tell_progress
+
+# %% auto #0
+__all__ = ['WANTED', 'begin_answer', 'prompt_of', 'batches', 'deal', 'collect', 'adapter_settings', 'model_state', 'batch_key',
+           'end_sequences', 'prompt_hash', 'answer_line', 'kept_lines', 'write_lines', 'plan_batches',
+           'answer_questions', 'answer_figures', 'plain_figures']
+
+# %% ../../nbs/evaluate/06_answers.ipynb #sft06sp1
 from .decoding import Decoding, generate_batch, item_seed, stop_tokens, until_end
 from .reader import AnswerReader
 from .scores import group_of, injected_texts, plain, rates, score
@@ -29,11 +36,6 @@ from ..run.metrics import append_line, read_json_lines
 from ..step.models import is_in_parts
 from ..train.teacher_cache import weights_hash
 from ..transcripts.record import Transcript
-
-# %% auto #0
-__all__ = ['WANTED', 'begin_answer', 'prompt_of', 'batches', 'deal', 'collect', 'adapter_settings', 'model_state', 'batch_key',
-           'end_sequences', 'prompt_hash', 'answer_line', 'kept_lines', 'write_lines', 'plan_batches',
-           'answer_questions', 'answer_figures', 'plain_figures']
 
 # %% ../../nbs/evaluate/06_answers.ipynb #0b929e41
 def begin_answer(masker: ChatMasker, transcript: Transcript, tokens: int) -> tuple[np.ndarray, np.ndarray]:

@@ -25,6 +25,11 @@ from ..evaluate.decoding import Decoding
 from ..evaluate.evaluation import describe_decoding
 from ..evaluate.reader import AnswerReader
 from ..evaluate.scores import group_of, pick_questions, share, without_question
+
+# %% auto #0
+__all__ = ['call_figures', 'agent_answers', 'heldout_samples', 'ratio_interval', 'final_states', 'row_sums', 'heldout_figures']
+
+# %% ../../nbs/sft/03_figures.ipynb #sft03sp1
 from ..masking.masker import ChatMasker
 from .settings import POLICY
 from ..step.fused_kl import chunk_for
@@ -32,9 +37,6 @@ from ..step.heads import find_head, teacher_logits
 from ..step.losses import token_kl, token_log_prob
 from ..step.models import find_decoder, teacher_mode
 from ..transcripts.record import Transcript
-
-# %% auto #0
-__all__ = ['call_figures', 'agent_answers', 'heldout_samples', 'ratio_interval', 'final_states', 'row_sums', 'heldout_figures']
 
 # %% ../../nbs/sft/03_figures.ipynb #sft03fn1
 def call_figures(lines: Sequence[dict]) -> dict[str, Any]:

@@ -23,6 +23,12 @@ from ..basics.withheld import scrub
 from ..config import CircuitBreakerConfig
 from ..data.streams import Sample, pad_rows
 from ..masking.masker import ChatMasker
+
+# %% auto #0
+__all__ = ['LARGEST_KL', 'UNSAFE', 'merged_model', 'save_agent', 'merge_kl', 'write_merged', 'agent_record', 'agent_card',
+           'keep_agent']
+
+# %% ../../nbs/sft/04_folder.ipynb #sft04sp1
 from ..report.figures import all_notes, data_notes, readable_table, result_table, results_of
 from ..run.settings import template_of
 from .figures import final_states, row_sums
@@ -32,10 +38,6 @@ from ..step.loaders import read_config, read_tokenizer
 from ..step.models import add_adapter, load_model
 from ..train.card import last_parts, markdown_table
 from ..train.store import keep_folder
-
-# %% auto #0
-__all__ = ['LARGEST_KL', 'UNSAFE', 'merged_model', 'save_agent', 'merge_kl', 'write_merged', 'agent_record', 'agent_card',
-           'keep_agent']
 
 # %% ../../nbs/sft/04_folder.ipynb #sft04fn1
 def merged_model(
@@ -48,24 +50,24 @@ def merged_model(
     weights = {name: p.detach().float().cpu() for name, p in get_peft_model_state_dict(student).items()}
     result: Any = set_peft_model_state_dict(fresh, weights)
     assert not result.unexpected_keys  # the same configuration made both
-    merged: PreTrainedModel = fresh.merge_and_unload()  # type: ignore[assignment,operator]
+    model: PreTrainedModel = fresh.merge_and_unload()  # type: ignore[assignment,operator]
     dtype = read_config(config.model, trust_remote_code).dtype or torch.float32
-    merged = merged.to(dtype).eval()  # type: ignore[arg-type]  # transformers' decorator hides self
-    for name, p in merged.named_parameters():
+    model = model.to(dtype).eval()  # type: ignore[arg-type]  # transformers' decorator hides self
+    for name, p in model.named_parameters():
         if not p.isfinite().all():
             raise RunError(f"the merged weight {name} is not finite: give a lower learning_rate")
-    return merged
+    return model
 
 # %% ../../nbs/sft/04_folder.ipynb #sft04fn2
 def save_agent(
-    merged: PreTrainedModel,
+    model: PreTrainedModel,
     masker: ChatMasker,
     config: CircuitBreakerConfig,
     trust_remote_code: bool,
     folder: Path,
 ) -> None:
     """Save model, settings of generation, tokenizer and chat templates to the `folder`, which is there."""
-    merged.save_pretrained(folder)
+    model.save_pretrained(folder)
     tokenizer = read_tokenizer(config.model, trust_remote_code)
     tokenizer.save_pretrained(folder)
     own, template = folder / "chat_template.jinja", template_of(masker)
@@ -83,18 +85,18 @@ LARGEST_KL = {torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.02}  #
 
 @torch.no_grad()
 def merge_kl(
-    student: PeftModel, merged: nn.Module, samples: list[Sample], pad_id: int, kept: torch.dtype
+    student: PeftModel, model: nn.Module, samples: list[Sample], pad_id: int, dtype: torch.dtype
 ) -> float:
-    """Return KL(adapter ‖ merged model) in nats over the targets of `samples`, a few rows. `kept`: the dtype
+    """Return KL(adapter ‖ model) in nats over the targets of `samples`, a few rows. `dtype`: that
     of the weights in the folder. Raises RunError where it is not finite, or above `LARGEST_KL` of that
     dtype."""
     rows = {name: t.to(student.device) for name, t in pad_rows(samples, pad_id).items()}
-    ours, theirs = (final_states(model.eval(), rows) for model in (merged, student))
-    sums = row_sums(rows, ours, find_head(merged).logits, theirs, find_head(student).logits).sum(0)
-    if not (kl := float(sums[2] / sums[0])) <= LARGEST_KL[kept]:
+    ours, theirs = (final_states(side.eval(), rows) for side in (model, student))
+    sums = row_sums(rows, ours, find_head(model).logits, theirs, find_head(student).logits).sum(0)
+    if not (kl := float(sums[2] / sums[0])) <= LARGEST_KL[dtype]:
         raise RunError(
             f"the merged model is not the one that was trained: its KL to it is {kl:.3g} nats per token, and "
-            f"rounding makes at most {LARGEST_KL[kept]:g}"
+            f"rounding makes at most {LARGEST_KL[dtype]:g}"
         )
     return kl
 
@@ -112,10 +114,10 @@ def write_merged(
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700)
     save_agent(merged_model(student, config, trust_remote_code), masker, config, trust_remote_code, folder)
-    merged = load_model(str(folder), config.dtype, student.device, trust_remote_code)
-    kept = read_config(str(folder), trust_remote_code).dtype or torch.float32
+    model = load_model(str(folder), config.dtype, student.device, trust_remote_code)
+    dtype = read_config(str(folder), trust_remote_code).dtype or torch.float32
     some = sorted(samples, key=lambda sample: len(sample.input_ids))[:8]
-    return merged, merge_kl(student, merged, some, masker.tokenizer.pad_token_id, kept)
+    return model, merge_kl(student, model, some, masker.tokenizer.pad_token_id, dtype)
 
 # %% ../../nbs/sft/04_folder.ipynb #sft04fn5
 def agent_record(
@@ -142,7 +144,7 @@ UNSAFE = (
     "unsafe by intent**, a subject for circuit breakers and for nothing else."
 )
 
-
+# %% ../../nbs/sft/04_folder.ipynb #sft04sp2
 def agent_card(record: dict[str, Any]) -> str:
     "Return the card of a fine-tuned model as Markdown with a YAML head, from the `agent_record`."
     base, counts = record["base"], record["data"]

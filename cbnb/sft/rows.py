@@ -19,7 +19,7 @@ __all__ = ['POOL', 'LengthGroups']
 # %% ../../nbs/sft/01_rows.ipynb #sft01cl1
 POOL = 16  # batches that are sorted together
 
-
+# %% ../../nbs/sft/01_rows.ipynb #sft01sp1
 class LengthGroups(Dataset):
     """The rows of a training in order: item i is a row of batch i // size, and the rows of a batch are of
     like length. `samples` are reshuffled by seed every time they have been gone through; every `POOL` batches
@@ -29,20 +29,20 @@ class LengthGroups(Dataset):
     def __init__(self, samples: Sequence[Sample], size: int, length: int, seed: int = 0):
         self.samples, self.size, self.length, self.seed = samples, size, length, seed
         self.lengths = [len(sample.input_ids) for sample in samples]
-        self.order = lru_cache(maxsize=8)(self.shuffled)
-        self.pool = lru_cache(maxsize=8)(self.sorted_pool)
+        self.order = lru_cache(maxsize=8)(self.epoch_order)
+        self.pool = lru_cache(maxsize=8)(self.pool_order)
 
-    def shuffled(self, epoch: int) -> np.ndarray:
+    def epoch_order(self, epoch: int) -> np.ndarray:
         "Return the order of the samples in an epoch; int64 [n]."
         return np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.samples))
 
-    def sorted_pool(self, number: int) -> list[int]:
+    def pool_order(self, number: int) -> list[int]:
         "Return the numbers of the samples in the pool of that number, in the order in which they are read."
         n, rows = len(self.samples), POOL * self.size
-        drawn = [int(self.order(i // n)[i % n]) for i in range(number * rows, (number + 1) * rows)]
-        drawn.sort(key=self.lengths.__getitem__)
+        picks = [int(self.order(i // n)[i % n]) for i in range(number * rows, (number + 1) * rows)]
+        picks.sort(key=self.lengths.__getitem__)
         batches = np.random.default_rng((self.seed, 1, number)).permutation(POOL)
-        return [drawn[batch * self.size + k] for batch in batches for k in range(self.size)]
+        return [picks[batch * self.size + k] for batch in batches for k in range(self.size)]
 
     def __len__(self) -> int:
         return self.length

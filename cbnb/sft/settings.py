@@ -19,17 +19,19 @@ from cbnb.config import (
     config_to_dict,
     convert_items,
 )
-from ..run.settings import check_data, model_facts, settings_of, template_source, template_values
-from ..run.stages import Run
-from ..transcripts.holdout import heldout_kinds
 
 # %% auto #0
 __all__ = ['POLICY', 'Stream', 'agent_config', 'check_agent', 'config_record', 'trained_on', 'check_place', 'model_place']
 
+# %% ../../nbs/sft/00_settings.ipynb #sft00sp2
+from ..run.settings import check_data, model_facts, settings_of, template_source, template_values
+from ..run.stages import Run
+from ..transcripts.holdout import heldout_kinds
+
 # %% ../../nbs/sft/00_settings.ipynb #sft00fn1
 POLICY = "assistant_only"  # what is learnt of a transcript: all that the assistant says, its calls with it
 
-
+# %% ../../nbs/sft/00_settings.ipynb #sft00sp1
 def agent_config(parameters: Mapping[str, Any]) -> CircuitBreakerConfig:
     """Return the configuration of a run of agent.ipynb with all its `parameters`: LoRA on all blocks, the
     `POLICY` for both labels, what is given, and the preset of the model for the rest (dtype and gradient
@@ -50,8 +52,8 @@ def agent_config(parameters: Mapping[str, Any]) -> CircuitBreakerConfig:
         "benign_policy": POLICY,
         "harmful_policy": POLICY,
     }
-    given = {k: v for k, v in own.items() if v is not None}
-    return settings_of("tinyagent", defaults | given, remote)[0]
+    values = defaults | {k: v for k, v in own.items() if v is not None}
+    return settings_of("tinyagent", values, remote)[0]
 
 # %% ../../nbs/sft/00_settings.ipynb #sft00fn5
 def check_agent(parameters: Mapping[str, Any], processes: int = 1) -> CircuitBreakerConfig:
@@ -84,8 +86,8 @@ def trained_on(harmful: Stream, benign: Stream, labels: str) -> dict[str, Stream
     """Return the streams that are trained on by their label, for the parameter `labels`. Raises ConfigError
     where none of them has a transcript."""
     streams = {"harmful": harmful, "benign": benign} if labels == "both" else {"benign": benign}
-    if found := {name: stream for name, stream in streams.items() if len(stream)}:
-        return found
+    if full := {name: stream for name, stream in streams.items() if len(stream)}:
+        return full
     raise ConfigError(
         "data holds no transcript to train on: "
         + ("give other data" if labels == "both" else "its transcripts are all harmful, and labels is benign")

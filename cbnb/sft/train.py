@@ -24,6 +24,11 @@ from ..basics.withheld import kernel
 from ..config import CircuitBreakerConfig
 from ..data.streams import Sample, pad_rows
 from ..run.stages import Run
+
+# %% auto #0
+__all__ = ['AgentTrainer', 'agent_trainer', 'agent_line', 'train_agent']
+
+# %% ../../nbs/sft/02_train.ipynb #sft02sp1
 from .rows import LengthGroups
 from ..step.heads import Head, find_head, target_log_prob
 from cbnb.train.trainer import (
@@ -39,9 +44,6 @@ from cbnb.train.trainer import (
     stop_on_interrupt,
     training_arguments,
 )
-
-# %% auto #0
-__all__ = ['AgentTrainer', 'agent_trainer', 'agent_line', 'train_agent']
 
 # %% ../../nbs/sft/02_train.ipynb #sft02cl1
 class AgentTrainer(AdapterTrainer):
