@@ -240,9 +240,9 @@ def settings_of(
     own = {k: v for k, v in values.items() if v is not None}
     model, notes = own.get("model"), []
     name = preset_for(preset, model, trust_remote_code)
-    by_shape = model is not None and name != preset and PRESETS[name].model != model
-    if by_shape and model_facts(model, trust_remote_code)[:3] != model_facts(PRESETS[name].model)[:3]:
-        config, note = settings_by_rule(model, own, trust_remote_code)
+    by_shape = name != preset and PRESETS[name].model != model
+    if by_shape and model_facts(str(model), trust_remote_code)[:3] != model_facts(PRESETS[name].model)[:3]:
+        config, note = settings_by_rule(str(model), own, trust_remote_code)
         return config, [note, *of_no_weight(config, own)]
     if name != preset:
         whose = f"whose model has the shape of {model}" if by_shape else f"which is {model}'s"

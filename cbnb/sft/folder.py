@@ -115,7 +115,7 @@ def write_merged(
     folder.mkdir(mode=0o700)
     save_agent(merged_model(student, config, trust_remote_code), masker, config, trust_remote_code, folder)
     model = load_model(str(folder), config.dtype, student.device, trust_remote_code)
-    dtype = read_config(str(folder), trust_remote_code).dtype or torch.float32
+    dtype: Any = read_config(str(folder), trust_remote_code).dtype or torch.float32
     some = sorted(samples, key=lambda sample: len(sample.input_ids))[:8]
     return model, merge_kl(student, model, some, masker.tokenizer.pad_token_id, dtype)
 

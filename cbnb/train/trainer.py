@@ -847,13 +847,14 @@ def train_breaker(
     (`mark_trained`)."""
     in_cell = kernel() is not None and not any(isinstance(callback, LiveView) for callback in callbacks)
     objective, stop = find_objective(config.objective), StopFile(run)
-    progress = Progress(in_cell, partial(progress_line, objective=objective))
+    progress = Progress(in_cell, partial(progress_line, objective=objective))  # and the floor, once measured
     log = LogWhatCounts(config.diagnose_steps), MetricsLog(run, term_words(config))
     callbacks = [*log, stop, progress, *callbacks]
     folder = run.path / "checkpoints"
     streams = harmful, benign
     trainer = breaker_trainer(student, *streams, config, folder, pad_id, teacher, callbacks, cache, twins)
-    progress.words = partial(progress.words, floor=measure_floor(trainer, run, pad_id))
+    floor = measure_floor(trainer, run, pad_id)
+    progress.words = partial(progress_line, floor=floor, objective=objective)
     checkpoint = from_first(lambda: resume_point(run))
     mark_trained(student, checkpoint)
     start = time.monotonic()
