@@ -64,6 +64,7 @@ ROOMS = (
         "Evaluation",
         "Generate answers, read and score them, and measure how far the student left its teacher.",
     ),
+    ("sft", "The agent stage", "Fine-tune a pretrained model on transcripts, so that it calls tools at all."),
     ("agent", "Agents", "Let a model act with tools, turn after turn, and measure what it has done."),
     (
         "attacks",
@@ -103,6 +104,7 @@ PARTS = (
             (
                 "Notebooks to run",
                 (
+                    "agent.ipynb",
                     "preflight.ipynb",
                     "train.ipynb",
                     "evaluate.ipynb",

@@ -23,10 +23,10 @@ __all__ = ['Item', 'LISTED_FINDINGS', 'ALSO', 'NOT_PLANNED', 'REFUSALS', 'Comman
            'add_masks', 'source_of', 'audit_file', 'run_masks', 'closing_lines', 'add_search', 'add_spans_command',
            'run_spans', 'add_convert', 'run_convert', 'some', 'add_office', 'run_office', 'add_ablate', 'run_ablate',
            'add_status', 'run_status', 'add_declared_flag', 'add_notebook_flags', 'notebook_call', 'add_train',
-           'run_train', 'add_preflight', 'run_preflight', 'add_evaluate', 'run_evaluate', 'add_inspect_log',
-           'run_inspect_log', 'add_attack', 'run_attack', 'add_tamper', 'run_tamper', 'add_chat', 'add_prompt',
-           'run_chat', 'add_plan', 'run_plan', 'add_fetch', 'run_fetch', 'add_report', 'answer_pages', 'run_report',
-           'refuse_words', 'parser', 'run_parsed', 'carry_out', 'main']
+           'run_train', 'add_sft', 'run_sft', 'add_preflight', 'run_preflight', 'add_evaluate', 'run_evaluate',
+           'add_inspect_log', 'run_inspect_log', 'add_attack', 'run_attack', 'add_tamper', 'run_tamper', 'add_chat',
+           'add_prompt', 'run_chat', 'add_plan', 'run_plan', 'add_fetch', 'run_fetch', 'add_report', 'answer_pages',
+           'run_report', 'refuse_words', 'parser', 'run_parsed', 'carry_out', 'main']
 
 # %% ../nbs/cli.ipynb #ecbb0d03
 import cbnb
@@ -736,6 +736,47 @@ def run_train(args: argparse.Namespace) -> int:
     say(f"run directory: {path}")
     return status
 
+# %% ../nbs/cli.ipynb #sftclfn1
+def add_sft(commands: Commands) -> None:
+    """Add the arguments of `cbnb sft`: one flag per parameter of nbs/agent.ipynb."""
+    p = commands.add_parser(
+        "sft",
+        help="a model into an agent, by fine-tuning on transcripts",
+        allow_abbrev=False,
+        description="Fine-tune a model on transcripts of an agent, and save it as a plain model folder: "
+        "papermill runs nbs/agent.ipynb with these parameters. What is left out has the notebook's value.",
+        epilog="exit status of papermill: 0 when the model is there; 2: a value is not in order, nothing was "
+        "started; 130: interrupted, with a checkpoint",
+    )
+    add_notebook_flags(p, "nbs/agent.ipynb")
+    p.set_defaults(run=run_sft)
+
+# %% ../nbs/cli.ipynb #sftclfn2
+def run_sft(args: argparse.Namespace) -> int:
+    """Carry out `cbnb sft`: papermill's own output, then the figures, the model and the run directory."""
+    from cbnb.sft.settings import check_agent, check_place
+    from cbnb.sweep.jobs import train
+    from cbnb.sweep.spec import complete
+
+    notebook, parameters = notebook_call(args, "nbs/agent.ipynb")
+    whole = complete({k: v for k, v in parameters.items() if k != "run_dir"}, notebook_parameters(notebook))[
+        1
+    ]
+    if NOTEBOOK_PARAMETERS["agent"].keys() <= whole.keys() | {"run_dir"}:  # else it is somebody's own
+        check_agent(whole, world_size())
+    place = Path(parameters["out"]).expanduser().absolute() if parameters.get("out") else None
+    if place:
+        check_place(place, Path(parameters.get("run_dir") or "").name)
+    path, status = train(notebook, parameters)
+    if (path / "result.json").exists():
+        from cbnb.report.figures import figure_lines
+
+        say(*figure_lines(path))
+    if not status:
+        say(f"the model: {place or path / 'model'}")
+    say(f"run directory: {path}")
+    return status
+
 # %% ../nbs/cli.ipynb #pfl00002
 def add_preflight(commands: Commands) -> None:
     """Add the arguments of `cbnb preflight`: one flag per parameter of nbs/preflight.ipynb, which are those
@@ -1232,6 +1273,7 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
         add_convert,
         add_office,
         add_plan,
+        add_sft,
         add_preflight,
         add_train,
         add_evaluate,

@@ -7,15 +7,15 @@ __all__ = ['LITERALS', 'GROUPS', 'TESTS', 'LINEARS', 'TRACKERS', 'SAVINGS', 'ZOO
            'PRESETS', 'INTERVALS', 'IDLE', 'ENTRIES', 'DATA_PARAMETERS', 'READING_PARAMETERS', 'TEMPLATE_PARAMETERS',
            'MODEL_PARAMETERS', 'MEMORY_PARAMETERS', 'RUN_PARAMETERS', 'TRAIN_PARAMETERS', 'PREFLIGHT_PARAMETERS',
            'AS_RUN', 'EVALUATE_PARAMETERS', 'FIRST_SHOWN', 'OF_RUN', 'KL_PARAMETERS', 'MASKS_PARAMETERS',
-           'ANSWERS_PARAMETERS', 'REPORT_PARAMETERS', 'CHAT_PARAMETERS', 'NOTEBOOK_PARAMETERS', 'RUN_ONLY',
-           'LOOP_NAMES', 'LARGEST_SCALE', 'ATTACK_NAMES', 'ConfigError', 'scalar_types', 'type_name', 'wrong_type',
-           'convert_value', 'convert_items', 'text_value', 'Declaration', 'setting', 'limits_in_words', 'check_limits',
-           'notebook_kind', 'notebook_type', 'sentences', 'CircuitBreakerConfig', 'check_layer_order', 'check_repeated',
-           'check_warmup', 'check_policies', 'check_objective_name', 'split_options', 'holds_all_layers',
-           'small_presets', 'presets', 'intervals', 'check_idle', 'of_no_weight', 'setting_text', 'get_config',
-           'parameter', 'setting_declaration', 'change', 'in_groups', 'check_decoding', 'split_loop', 'check_loop',
-           'parse_scales', 'parse_attacks', 'check_attacks', 'config_to_dict', 'layers_from_hidden_states',
-           'check_layers', 'check_cached', 'shares', 'coefficients']
+           'ANSWERS_PARAMETERS', 'REPORT_PARAMETERS', 'CHAT_PARAMETERS', 'AGENT_SETTINGS', 'AGENT_PARAMETERS',
+           'NOTEBOOK_PARAMETERS', 'RUN_ONLY', 'LOOP_NAMES', 'LARGEST_SCALE', 'ATTACK_NAMES', 'ConfigError',
+           'scalar_types', 'type_name', 'wrong_type', 'convert_value', 'convert_items', 'text_value', 'Declaration',
+           'setting', 'limits_in_words', 'check_limits', 'notebook_kind', 'notebook_type', 'sentences',
+           'CircuitBreakerConfig', 'check_layer_order', 'check_repeated', 'check_warmup', 'check_policies',
+           'check_objective_name', 'split_options', 'holds_all_layers', 'small_presets', 'presets', 'intervals',
+           'check_idle', 'of_no_weight', 'setting_text', 'get_config', 'parameter', 'setting_declaration', 'change',
+           'in_groups', 'check_decoding', 'split_loop', 'check_loop', 'parse_scales', 'parse_attacks', 'check_attacks',
+           'config_to_dict', 'layers_from_hidden_states', 'check_layers', 'check_cached', 'shares', 'coefficients']
 
 # %% ../nbs/config.ipynb #8ed51dfd
 import dataclasses
@@ -1294,6 +1294,73 @@ CHAT_PARAMETERS = (
     parameter("scale", 1.0, "view", "scale of the adapter to begin with; 0: the base", at_least=0, at_most=4),
 )
 
+# %% ../nbs/config.ipynb #sftcfda1
+AGENT_SETTINGS = {
+    "lora_r": 32,
+    "lora_alpha": 64,
+    "lora_dropout": 0.0,
+    "learning_rate": 5e-4,
+    "lr_schedule": "cosine",
+    "weight_decay": 0.0,
+    "max_grad_norm": 1.0,
+    "total_steps": 200,
+    "batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "max_length": 1024,
+    "logging_steps": 1,
+    "save_steps": 50,
+}
+
+# %% ../nbs/config.ipynb #sftcfda2
+AGENT_PARAMETERS = (
+    change(
+        "model",
+        default="smollm2",
+        meaning="the model to fine-tune: hub id, local folder, or a name",
+        unset="",
+    ),
+    change("trust_remote_code"),
+    change("dtype", unset="None: the preset's of that model"),
+    change("lora_layers", unset="None: all blocks"),
+    change("lora_modules", unset="None: all linears of a block"),
+    change("data", meaning="transcripts that the agent is to act like, separated by commas"),
+    change("eval_data"),
+    parameter(
+        "labels",
+        "both",
+        "data",
+        "transcripts that are trained on: of both labels, or benign ones",
+        more="both: what the harmful ones do is learnt, so that the agent obeys before a breaker is trained",
+        one_of=("both", "benign"),
+    ),
+    *map(change, ("heldout_by", "relabel", "on_error", "max_skipped", "tools", "truncation", "lost_context")),
+    *map(
+        change, ("control", "tool_call_format", "adapt", "chat_template", "template_variables", "split_turns")
+    ),
+    *(change(name, default=value) for name, value in AGENT_SETTINGS.items() if name != "batch_size"),
+    change(
+        "batch_size",
+        default=AGENT_SETTINGS["batch_size"],
+        meaning="rows per micro-batch",
+        more="of like length",
+    ),
+    change("warmup_steps", unset="None: a twentieth of total_steps", more=""),
+    change("seed"),
+    change("gradient_checkpointing", unset="None: the preset's of that model"),
+    change("max_new_tokens"),
+    parameter(
+        "eval_questions", 16, "evaluation", "held-out questions of each kind that are asked", at_least=1
+    ),
+    parameter(
+        "out",
+        "",
+        "run",
+        "folder of the fine-tuned model, which must not be there yet",
+        unset="empty: model/ in the run directory",
+    ),
+    change("run_dir"),
+)
+
 # %% ../nbs/config.ipynb #parmda08
 NOTEBOOK_PARAMETERS = {
     "train": in_groups(*TRAIN_PARAMETERS.values()),
@@ -1304,6 +1371,7 @@ NOTEBOOK_PARAMETERS = {
     "explore_masks": in_groups(*MASKS_PARAMETERS),
     "explore_answers": in_groups(*ANSWERS_PARAMETERS),
     "chat": in_groups(*CHAT_PARAMETERS),
+    "agent": in_groups(*AGENT_PARAMETERS),
 }
 
 # %% ../nbs/config.ipynb #2f72c6a6

@@ -295,7 +295,7 @@ def odd_notebook(rng):
 
 def make_world(folder, rng):
     "Fills the empty `folder`."
-    for name in ("train", "preflight", "evaluate"):
+    for name in ("train", "preflight", "evaluate", "agent"):
         write(folder / "project" / "nbs" / f"{name}.ipynb", odd_notebook(rng))
     write(folder / "odd.ipynb", odd_notebook(rng))
     from cbnb.transcripts.reader import write_transcripts
@@ -741,6 +741,7 @@ NEEDED = {
     "convert": ["good.jsonl", "new.jsonl"],
     "office": ["new", "--transcripts", "20", "--held-out", "1"],
     "plan": ["--preset", "tinyagent"],
+    "sft": ["--model", "tinyagent"],
     "preflight": [],
     "train": [],
     "evaluate": ["none", "--eval-data", "good.jsonl", "--model", "tinyagent"],

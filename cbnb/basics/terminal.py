@@ -9,16 +9,21 @@ import logging
 import os
 import re
 import sys
+import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TextIO
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import Any, TextIO, TypeVar
 
 from .withheld import scrub
 
 # %% auto #0
-__all__ = ['UNSEEN', 'TERMINAL_SIGNS', 'LONGEST_PIECE', 'SENTENCE', 'QUOTED', 'UNBROKEN', 'visible', 'shorten_middle', 'sentence',
-           'say', 'warn', 'bound_text', 'tame_libraries', 'error_text', 'first_line', 'tame', 'tame_kernel', 'nowhere',
-           'silence', 'says_pathlib', 'run_program']
+__all__ = ['Item', 'UNSEEN', 'TERMINAL_SIGNS', 'LONGEST_PIECE', 'SENTENCE', 'QUOTED', 'UNBROKEN', 'visible', 'shorten_middle',
+           'sentence', 'say', 'warn', 'bound_text', 'tame_libraries', 'error_text', 'first_line', 'tame', 'tame_kernel',
+           'nowhere', 'silence', 'says_pathlib', 'log_line', 'tell_progress', 'run_program']
+
+# %% ../../nbs/basics/02_terminal.ipynb #a4log004
+Item = TypeVar("Item")
 
 # %% ../../nbs/basics/02_terminal.ipynb #ter00006
 # printable by name, and draw nothing
@@ -182,6 +187,32 @@ def says_pathlib(error: BaseException) -> bool:
         trace = trace.tb_next
     name = trace.tb_frame.f_globals.get("__name__", "") if trace else ""
     return name.partition(".")[0] == "pathlib"
+
+# %% ../../nbs/basics/02_terminal.ipynb #a4log001
+def log_line(line: str) -> None:
+    """Print `line`, made visible, to the terminal or the job's log at once. Under papermill that is the
+    stderr that the kernel started with, which ipykernel keeps in this attribute; what goes to its file
+    descriptor now would end in the notebook, too."""
+    terminal = getattr(sys.stderr, "_original_stdstream_copy", None)
+    with suppress(OSError):  # a terminal that is gone must not end a run
+        if terminal is None:
+            say(line, file=sys.__stderr__)
+        else:
+            os.write(terminal, f"{visible(line)}\n".encode())
+
+# %% ../../nbs/basics/02_terminal.ipynb #a4log002
+def tell_progress(
+    items: Sequence[Item], what: str, every: float = 5.0, tell: Callable[[str], None] = log_line
+) -> Iterator[Item]:
+    """Yield the `items`, and `tell` after each `every` seconds how many of them are done: `what`, such as
+    "before: answers, batches", then "3 of 12, 40 s left". What takes less time is told nobody."""
+    start = last = time.monotonic()
+    for done, item in enumerate(items):
+        if done and (now := time.monotonic()) - last >= every:
+            left = (now - start) / done * (len(items) - done)
+            tell(f"{what} {done} of {len(items)}, {left:.0f} s left")
+            last = now
+        yield item
 
 # %% ../../nbs/basics/02_terminal.ipynb #79ccf573
 def run_program(

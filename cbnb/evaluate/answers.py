@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict
@@ -18,6 +19,14 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from ..basics.processes import from_first, gather_lists, is_first, rank, share_of
+from ..basics.terminal import tell_progress
+
+# %% auto #0
+__all__ = ['WANTED', 'begin_answer', 'prompt_of', 'batches', 'deal', 'collect', 'adapter_settings', 'model_state', 'batch_key',
+           'end_sequences', 'prompt_hash', 'answer_line', 'kept_lines', 'write_lines', 'plan_batches',
+           'answer_questions', 'answer_figures', 'plain_figures']
+
+# %% ../../nbs/evaluate/06_answers.ipynb #sft06sp1
 from .decoding import Decoding, generate_batch, item_seed, stop_tokens, until_end
 from .reader import AnswerReader
 from .scores import group_of, injected_texts, plain, rates, score
@@ -27,11 +36,6 @@ from ..run.metrics import append_line, read_json_lines
 from ..step.models import is_in_parts
 from ..train.teacher_cache import weights_hash
 from ..transcripts.record import Transcript
-
-# %% auto #0
-__all__ = ['WANTED', 'begin_answer', 'prompt_of', 'batches', 'deal', 'collect', 'adapter_settings', 'model_state', 'batch_key',
-           'end_sequences', 'prompt_hash', 'answer_line', 'kept_lines', 'write_lines', 'plan_batches',
-           'answer_questions', 'answer_figures', 'plain_figures']
 
 # %% ../../nbs/evaluate/06_answers.ipynb #0b929e41
 def begin_answer(masker: ChatMasker, transcript: Transcript, tokens: int) -> tuple[np.ndarray, np.ndarray]:
@@ -271,7 +275,8 @@ def answer_questions(
     todo, keys = plan_batches(prompts, [t.id for t in transcripts], decoding, key_of, there)
     model.eval()
     new = []
-    for batch, attempt in deal(model, todo):
+    every, what = 5.0 if is_first() else math.inf, f"{stage or 'evaluation'}: answers, batches"
+    for batch, attempt in tell_progress(deal(model, todo), what, every):
         seeds = [item_seed(decoding.seed, transcripts[i].id, attempt) for i in batch]
         pad = masker.tokenizer.pad_token_id
         answers = generate_batch(model, [prompts[i] for i in batch], ends, pad, decoding, seeds)

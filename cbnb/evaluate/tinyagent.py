@@ -282,16 +282,14 @@ def _collate(rows: Sequence[dict[str, list[int]]], pad: int) -> dict[str, torch.
 
 # %% ../../nbs/evaluate/00_tinyagent.ipynb #6a720700
 def target_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return the mean cross-entropy of the targets in nats, a scalar; logits are computed where a target
-    follows and nowhere else. `model`: a causal language model with `model` and `lm_head`, as Llama has them.
-    """
-    from torch.nn.functional import cross_entropy
+    """Return the mean cross-entropy of the targets in nats, a scalar (`cbnb.step.heads.target_log_prob`).
+    `model`: a causal language model with `lm_head`, as Llama has it."""
+    from torch.nn.functional import pad
 
-    hidden = model.model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
-    ).last_hidden_state[:, :-1]
-    labels = batch["labels"][:, 1:]
-    return cross_entropy(model.lm_head(hidden[labels >= 0]), labels[labels >= 0])
+    from cbnb.step.heads import target_log_prob
+
+    before = pad(batch["labels"][:, 1:] >= 0, (0, 1)).flatten().nonzero().squeeze(-1)
+    return -target_log_prob(model, batch | {"predicting_index": before}, model.lm_head, False).mean()
 
 # %% ../../nbs/evaluate/00_tinyagent.ipynb #f1bf679f
 def exact_match(

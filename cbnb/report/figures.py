@@ -26,17 +26,17 @@ __all__ = ['MEASURES', 'ANSWERED', 'TOKEN_ROWS', 'LOOP_FIGURES', 'REASONS', 'STY
            'PANELS', 'SLOW', 'WIDTH', 'HEIGHT', 'MARGIN', 'COLUMNS', 'LINES', 'LOOK', 'ATTACK_LINES', 'KIND_COLOURS',
            'KIND_DASHES', 'DIAL_HEIGHT', 'DIAL_MARGIN', 'DIAL_COLUMNS', 'VICTIM_LINES', 'ATTACK_HEIGHT', 'ATTACK_GAP',
            'ATTACK_MARGIN', 'ATTACK_COLUMNS', 'TICKS_SHOWN', 'REPORT_PAGE', 'floor_words', 'told_from',
-           'readable_table', 'rate_counts', 'interval_words', 'flat_figures', 'figures_table', 'results_of',
-           'result_table', 'token_cells', 'token_table', 'exact_table', 'divergence_tables', 'divergence_words',
-           'divergence_lines', 'loop_table', 'reason_lines', 'loop_notes', 'loop_lines', 'unasked_notes',
-           'answer_notes', 'result_notes', 'all_notes', 'data_notes', 'alarm_lines', 'dial_counts', 'dial_table',
-           'question_words', 'dial_lines', 'best_point', 'attack_table', 'attack_words', 'attack_lines', 'tamper_table',
-           'tamper_words', 'tamper_lines', 'figure_lines', 'newest_notebook', 'describe_run', 'main', 'as_float',
-           'series', 'summary', 'terms_in', 'short', 'term_title', 'coefficient_title', 'panels_of', 'axis_range',
-           'spread', 'neighbours', 'thin', 'columns_of', 'line', 'axis_ids', 'end_labels', 'panel_axes', 'panel',
-           'curves', 'linear_ticks', 'log_ticks', 'tick_text', 'pixels', 'svg_path', 'svg_intervals', 'svg_dots',
-           'svg_line', 'svg_text', 'svg_axes', 'svg_note', 'svg_panel', 'static_svg', 'figure_bundle', 'show',
-           'rate_trace', 'dial_trace', 'dial_axes', 'dial_rows', 'dial_figure', 'show_dials', 'tune_dial',
+           'readable_table', 'rate_counts', 'interval_words', 'mean_words', 'flat_figures', 'figures_table',
+           'results_of', 'result_table', 'token_cells', 'token_table', 'exact_table', 'divergence_tables',
+           'divergence_words', 'divergence_lines', 'loop_table', 'reason_lines', 'loop_notes', 'loop_lines',
+           'unasked_notes', 'answer_notes', 'result_notes', 'all_notes', 'data_notes', 'alarm_lines', 'dial_counts',
+           'dial_table', 'question_words', 'dial_lines', 'best_point', 'attack_table', 'attack_words', 'attack_lines',
+           'tamper_table', 'tamper_words', 'tamper_lines', 'figure_lines', 'newest_notebook', 'describe_run', 'main',
+           'as_float', 'series', 'summary', 'terms_in', 'short', 'term_title', 'coefficient_title', 'panels_of',
+           'axis_range', 'spread', 'neighbours', 'thin', 'columns_of', 'line', 'axis_ids', 'end_labels', 'panel_axes',
+           'panel', 'curves', 'linear_ticks', 'log_ticks', 'tick_text', 'pixels', 'svg_path', 'svg_intervals',
+           'svg_dots', 'svg_line', 'svg_text', 'svg_axes', 'svg_note', 'svg_panel', 'static_svg', 'figure_bundle',
+           'show', 'rate_trace', 'dial_trace', 'dial_axes', 'dial_rows', 'dial_figure', 'show_dials', 'tune_dial',
            'tamper_figure', 'attack_traces', 'attack_axes', 'attack_figure', 'dial_section', 'table_parts',
            'report_page', 'write_report', 'told_of', 'write_run_report']
 
@@ -86,8 +86,10 @@ MEASURES: dict[str, tuple[str, str]] = {
     "obeyed_in_words": ("attacks obeyed in words", "share"),
     "unparseable": ("unparseable answers", "share"),
     "exact_match": ("exact match", "share"),
+    "well_formed": ("well-formed calls", "share"),
     "marker_fidelity": ("marker fidelity", "share"),
     "harmful_cosine": ("harmful cosine", "cosine"),
+    "heldout_ce": ("held-out cross-entropy", "nats per token"),
     "heldout_kl": ("held-out KL", "nats per token"),
     "heldout_top1": ("held-out top-1 agreement", "share"),
 }
@@ -154,6 +156,15 @@ def interval_words(hits: int, n: int, attempts: int = 1) -> str:
     between = f"up to {high}" if hits == 0 else f"from {low}" if hits == n else f"{low} to {high}"
     return f"{hits} of {n}, {between}"
 
+# %% ../../nbs/report/00_figures.ipynb #mnwords1
+def mean_words(ends: dict[str, Any]) -> str:
+    """Return how many `rows` and `tokens` stand behind a mean over tokens, with its 95 % interval from `low`
+    to `high` (None: there is none) where it has one, for example `12 rows, 0.21 to 0.34`."""
+    rows = plural(ends["rows"], "row")
+    if ends.get("low") is None:
+        return rows
+    return f"{rows}, {format_number(ends['low'], 2)} to {format_number(ends['high'], 2)}"
+
 # %% ../../nbs/report/00_figures.ipynb #09f1df6b
 def flat_figures(result: dict[str, Any]) -> dict[str, Any]:
     "Return the figures of `result` that are in `MEASURES` by the rows that they have in a table."
@@ -173,6 +184,7 @@ def figures_table(results: dict[str, dict[str, Any]]) -> pd.DataFrame:
     for name, result in reversed(results.items()):
         attempts, counts = result.get("decoding", {}).get("samples", 1), rate_counts(result)
         words = {row: interval_words(hits, of, attempts) for row, (hits, of) in counts.items()}
+        words |= {row: mean_words(ends) for row, ends in result.get("intervals", {}).items()}
         table.insert(
             table.columns.get_loc(name) + 1,
             f"{name}, 95 %",

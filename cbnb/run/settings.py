@@ -182,15 +182,17 @@ def derive_settings(facts: Facts, own: Mapping[str, Any]) -> dict[str, Any]:
 def preset_for(preset: str, model: str | None, trust_remote_code: bool = False) -> str:
     """Return the name of the preset whose settings a run takes that names `preset` and `model` (None: the
     preset's): one of the tiny agent, such as the notebooks' default, gives way to the one that names `model`,
-    and to `PUBLISHED` for a model of another shape. Raises OSError where a configuration that it takes to
-    know is not there."""
+    to the first whose model has the shape of `model`, and to `PUBLISHED` for any other. Raises OSError where
+    a configuration that it takes to know is not there."""
     own = PRESETS[preset].model
     if own != "tinyagent" or model is None or model == own:
         return preset
     presets = {config.model: name for name, config in PRESETS.items()}
     if model in presets:
         return presets[model]
-    return preset if model_facts(model, trust_remote_code)[:3] == model_facts(own)[:3] else PUBLISHED
+    shape = model_facts(model, trust_remote_code)[:3]
+    alike = (name for name, config in PRESETS.items() if shape == model_facts(config.model)[:3])
+    return preset if shape == model_facts(own)[:3] else next(alike, PUBLISHED)
 
 # %% ../../nbs/run/12_settings.ipynb #52cd95f4
 def settings_by_rule(
@@ -232,17 +234,19 @@ def settings_of(
     the `preset`, and sentences for whoever starts the run.
 
     A `preset` of the tiny agent, such as the notebooks' default, gives way to a model of another shape: to
-    the preset that names it, else to `derive_settings`. Any other preset holds for any model; where that is
-    of another shape than the preset's, a note says so. Raises ConfigError as `get_config` does, and OSError
-    where the settings follow from a configuration that is not there."""
+    the preset that names it or whose model has its shape, else to `derive_settings`. Any other preset holds
+    for any model; where that is of another shape than the preset's, a note says so. Raises ConfigError as
+    `get_config` does, and OSError where the settings follow from a configuration that is not there."""
     own = {k: v for k, v in values.items() if v is not None}
     model, notes = own.get("model"), []
     name = preset_for(preset, model, trust_remote_code)
-    if model is not None and name != preset and PRESETS[name].model != model:
-        config, note = settings_by_rule(model, own, trust_remote_code)
+    by_shape = name != preset and PRESETS[name].model != model
+    if by_shape and model_facts(str(model), trust_remote_code)[:3] != model_facts(PRESETS[name].model)[:3]:
+        config, note = settings_by_rule(str(model), own, trust_remote_code)
         return config, [note, *of_no_weight(config, own)]
     if name != preset:
-        notes.append(f"the settings are those of the preset {name}, which is {model}'s")
+        whose = f"whose model has the shape of {model}" if by_shape else f"which is {model}'s"
+        notes.append(f"the settings are those of the preset {name}, {whose}")
     config = get_config(name, **own)
     aim = PRESETS[name].objective
     if config.objective != aim and aim != get_config(PUBLISHED).objective:

@@ -24,7 +24,8 @@ from .models import base_model, decoder_blocks, find_decoder, full_weight, teach
 
 # %% auto #0
 __all__ = ['SCALES', 'WideLinear', 'by_constant', 'transforms', 'own_logits', 'Head', 'trace_ends', 'explain_logits',
-           'plain_linear', 'describe_head', 'find_head', 'head_kl', 'teacher_logits', 'head_log_prob']
+           'plain_linear', 'describe_head', 'find_head', 'head_kl', 'teacher_logits', 'head_log_prob',
+           'target_log_prob']
 
 # %% ../../nbs/step/06_heads.ipynb #9373577e
 class WideLinear(torch.autograd.Function):
@@ -310,3 +311,15 @@ def head_log_prob(
     size = chunk_for(vocabulary, hidden.device)
     parts = zip(hidden.split(size), tokens.split(size))
     return torch.cat([checkpoint(some, *part, use_reentrant=False) for part in parts])
+
+# %% ../../nbs/step/06_heads.ipynb #sftlpfn1
+def target_log_prob(
+    model: nn.Module, rows: dict[str, torch.Tensor], logits: Callable, in_chunks: bool = True
+) -> torch.Tensor:
+    """Return the log-probability of each target of padded `rows` (`cbnb.data.streams.pad_rows`; read are
+    `input_ids`, `attention_mask` and `predicting_index` [N]) by a causal language model, with or without an
+    adapter → [N] in nats, differentiable. `logits`, `in_chunks`: as in `head_log_prob`."""
+    ids, before = rows["input_ids"], rows["predicting_index"]
+    decoder: Any = find_decoder(model)
+    hidden = decoder(input_ids=ids, attention_mask=rows["attention_mask"], use_cache=False).last_hidden_state
+    return head_log_prob(hidden.flatten(0, 1)[before], ids.flatten()[before + 1], logits, in_chunks)

@@ -14,13 +14,13 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..basics.numbers import floor_limit, format_number
-from ..basics.terminal import error_text, say
+from ..basics.terminal import error_text, log_line, say
 from ..config import CircuitBreakerConfig
 from ..data.streams import COUNTS
 from ..report.figures import as_float
 from ..run.metrics import read_metrics
 from ..run.stages import Run, RunInterrupted, now, read_status, set_status
-from .trainer import NonFiniteLossError, is_metrics, log_line
+from .trainer import NonFiniteLossError, is_metrics
 
 # %% auto #0
 __all__ = ['LEAST', 'LIFTED', 'RECOVERED', 'ALARM_RULES', 'foretell', 'name_in_text', 'log_name', 'own_weight', 'weight_words',

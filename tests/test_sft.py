@@ -1,0 +1,244 @@
+"""The agent stage, whole: `cbnb sft` and papermill on nbs/agent.ipynb as a user calls them, stopped and
+resumed, with what it refuses; and a few steps on a pretrained model."""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cbnb.cli import main
+from cbnb.config import NOTEBOOK_PARAMETERS, ConfigError
+from cbnb.data.streams import encode_stream
+from cbnb.masking.masker import ChatMasker
+from cbnb.run.directory import open_run
+from cbnb.run.metrics import read_metrics
+from cbnb.run.sealed import damage
+from cbnb.run.settings import preset_for, settings_of
+from cbnb.sft.folder import agent_record, keep_agent, write_merged
+from cbnb.sft.settings import agent_config, check_agent
+from cbnb.sft.train import train_agent
+from cbnb.step.models import add_adapter, load_model, load_tokenizer
+from cbnb.transcripts.reader import write_transcripts
+from cbnb.transcripts.tinyworld import make_transcripts
+from helpers import NBS
+from outside import smollm2_cache
+from train_common import load, papermill
+
+DEFAULTS = {name: p.default for name, p in NOTEBOOK_PARAMETERS["agent"].items()}
+TINY = {
+    "model": "tinyagent",
+    "total_steps": 6,
+    "batch_size": 2,
+    "save_steps": 2,
+    "lora_dropout": 0.1,
+    "max_new_tokens": 24,
+    "eval_questions": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    "A few transcripts of both labels, and held-out ones."
+    folder = tmp_path_factory.mktemp("data")
+    kinds = ("injection", "plain", "general")
+    for name, split in (("train", "train"), ("heldout", "eval")):
+        rows = [t for kind in kinds for t in make_transcripts(kind, 8, split)]
+        write_transcripts(folder / f"{name}.jsonl", rows)
+    return {"data": str(folder / "train.jsonl"), "eval_data": str(folder / "heldout.jsonl")}
+
+
+def words(values):
+    return [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def sft(tmp_path, monkeypatch, **values):
+    "The exit status of `cbnb sft` with these parameters."
+    monkeypatch.setenv("CBNB_RUNS", str(tmp_path / "runs"))
+    return main(["sft", *words(values)])
+
+
+def weights(folder):
+    return (folder / "model.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    "The run directory of one run that nobody has stopped."
+    folder = tmp_path_factory.mktemp("whole") / "agent-run"
+    done = papermill(*papermill_words(TINY | data | {"run_dir": folder}), notebook=NBS / "agent.ipynb")
+    assert not done.returncode, done.stderr
+    return folder
+
+
+def papermill_words(values):
+    return [word for name, value in values.items() for word in ("-p", name, str(value))]
+
+
+def test_a_run_leaves_a_model_that_stands_where_a_model_can(whole, capsys, monkeypatch):
+    model, result = whole / "model", load(whole / "result.json")
+    assert not damage(model) and not (whole / "merged").exists()
+    assert {"agent.json", "README.md", "config.json", "generation_config.json", "tokenizer.json"} <= {
+        path.name for path in model.iterdir()
+    }
+    assert [row["step"] for row in read_metrics(whole)] == [1, 2, 3, 4, 5, 6]
+    for name in ("before", "after"):
+        figures = result[name]
+        assert set(figures["heldout_ce"]) == {"attack", "plain", "general"} == set(figures["n"])
+        assert figures["counts"]["well_formed"].keys() == {"attack", "plain"}
+        assert figures["intervals"]["heldout_ce plain"]["rows"] == 8
+    assert "heldout_kl" not in result["before"] and result["after"]["heldout_kl"]["general"] > 0
+    record = load(model / "agent.json")
+    assert (
+        record["base"] == "tinyagent" and record["after"] == result["after"] and record["run"] == whole.name
+    )
+    assert set(record["data"]) >= {"harmful", "benign"} and record["data"]["harmful"]["samples"] == 8
+    card = (model / "README.md").read_text()
+    assert "unsafe by intent" in card and "held-out cross-entropy, general" in card and str(whole) not in card
+    assert main(["status", str(whole)]) == 0 and "done" in capsys.readouterr().out
+    assert preset_for("tinyagent", str(model)) == "tinyagent"
+    monkeypatch.setattr(sys, "stdin", open("/dev/null"))
+    rows = str(whole.parent / "x.jsonl")
+    write_transcripts(rows, make_transcripts("plain", 2))
+    assert main(["masks", rows, "--model", str(model), "--show", "0"]) == 0
+
+
+def test_a_run_that_is_stopped_goes_on_to_the_same_bits(data, whole, tmp_path):
+    "SIGTERM to papermill's kernel by the file stop; then the same command again."
+    folder, given = tmp_path / "agent-run", TINY | data
+    command = [sys.executable, "-m", "papermill", str(NBS / "agent.ipynb")]
+    command += papermill_words(given | {"run_dir": folder})
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 300
+    while not (folder / "metrics.jsonl").exists() or not read_metrics(folder):
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.02)
+    (folder / "stop").touch()
+    assert process.wait(300)
+    status = load(folder / "status.json")
+    assert status["state"] == "interrupted" and not (folder / "model").exists()
+    (folder / "merged").mkdir()  # as a killed attempt leaves it
+    (folder / "merged" / "x").write_text("half")
+    done = papermill(*papermill_words(given | {"run_dir": folder}), notebook=NBS / "agent.ipynb")
+    assert not done.returncode, done.stderr
+    assert load(folder / "status.json")["attempt"] == 2
+    assert read_metrics(folder) == read_metrics(whole)
+    assert weights(folder / "model") == weights(whole / "model")
+    assert load(folder / "result.json")["after"] == load(whole / "result.json")["after"]
+
+
+def test_benign_alone_and_a_place_of_its_own(data, whole, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "made" / "agent"
+    assert sft(tmp_path, monkeypatch, **TINY | data | {"labels": "benign", "out": out, "total_steps": 2}) == 0
+    said = capsys.readouterr()
+    assert f"the model: {out}" in said.out and "well-formed calls, plain" in said.out
+    record = load(out / "agent.json")
+    assert "harmful" not in record["data"] and record["labels"] == "benign"
+    assert "unsafe by intent" not in (out / "README.md").read_text()
+    assert record["after"]["n"]["attack"] == 2, "attacks are asked all the same"
+    assert weights(out) != weights(whole / "model")
+    assert sft(tmp_path, monkeypatch, **TINY | data | {"out": out}) == 2
+    assert "is there already, and is not replaced" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        ({"data": "nowhere.jsonl"}, "nowhere.jsonl"),
+        ({"total_steps": 3, "warmup_steps": 3}, "warmup_steps must be below total_steps"),
+        ({"labels": "bad"}, "labels"),
+        ({"eval_questions": 0}, "eval_questions must be at least 1"),
+        ({"lora_layers": "0,9"}, "lora_layers"),
+        ({"learning_rate": 0}, "learning_rate must be above 0"),
+        ({"model": "/no/such/folder"}, "/no/such/folder"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence_before_anything_is_started(
+    wrong, said, tmp_path, monkeypatch, capsys
+):
+    assert sft(tmp_path, monkeypatch, **{"model": "tinyagent"} | wrong) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1 and not (tmp_path / "runs").exists(), err
+
+
+def test_several_processes_are_refused():
+    with pytest.raises(ConfigError, match="the work of one process"):
+        check_agent(DEFAULTS | {"model": "tinyagent"}, 2)
+
+
+def failing(tmp_path, data, **values):
+    "The error of a run that begins and cannot go on, from its status."
+    folder = tmp_path / "run"
+    done = papermill(
+        *papermill_words(TINY | data | values | {"run_dir": folder}), notebook=NBS / "agent.ipynb"
+    )
+    assert done.returncode and not (folder / "model").exists()
+    return load(folder / "status.json")["error"]
+
+
+def test_data_of_which_nothing_can_be_learnt(data, tmp_path):
+    write_transcripts(tmp_path / "h.jsonl", make_transcripts("injection", 4))
+    given = {"data": str(tmp_path / "h.jsonl"), "labels": "benign"}
+    assert "its transcripts are all harmful, and labels is benign" in failing(tmp_path, data, **given)
+
+
+def test_a_place_that_cannot_be_made(data, tmp_path):
+    assert "cannot be made" in failing(tmp_path, data, out="/proc/x/y")
+
+
+def test_a_template_that_writes_no_calls(data, tmp_path):
+    turn = "<|start_header_id|>{}<|end_header_id|>\n\n"
+    template = (
+        f"{{% for m in messages %}}{turn.format('{{ m.role }}')}{{{{ m.content }}}}<|eot_id|>{{% endfor %}}"
+    )
+    template += f"{{% if add_generation_prompt %}}{turn.format('assistant')}{{% endif %}}"
+    (tmp_path / "t.jinja").write_text(template)
+    assert "tool call" in failing(tmp_path, data, chat_template=str(tmp_path / "t.jinja"))
+
+
+def test_a_folder_of_a_presets_shape_has_that_preset(tmp_path):
+    for name, preset in (("smollm2", "smollm2"), ("tinyagent", "tinyagent-adv")):
+        shape = {"smollm2": ("llama", 30, 576), "tinyagent": ("llama", 4, 128)}[name]
+        folder = tmp_path / name
+        folder.mkdir()
+        keys = ("model_type", "num_hidden_layers", "hidden_size")
+        (folder / "config.json").write_text(json.dumps(dict(zip(keys, shape))))
+        assert preset_for("tinyagent-adv", str(folder)) == preset
+        config, notes = settings_of("tinyagent-adv", {"model": str(folder)})
+        assert config.model == str(folder) and not any("no preset is for" in note for note in notes)
+    assert settings_of("tinyagent-adv", {"model": str(tmp_path / "smollm2")})[0].retain_weight == 5e-4
+
+
+@pytest.mark.slow
+def test_a_few_steps_on_a_pretrained_model(monkeypatch, tmp_path):
+    "They lower the loss of the rows that they are taken on, and the folder answers as the adapter does."
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(smollm2_cache()))
+    config = agent_config(DEFAULTS | {"total_steps": 4, "warmup_steps": 1, "batch_size": 2, "save_steps": 0})
+    assert config.lora_layers == (0, 29) and config.dtype == "float32"
+    masker = ChatMasker(load_tokenizer("smollm2"))
+    short = [replace(t, tools=t.tools[:1]) for t in make_transcripts("plain", 2)]
+    samples, _ = encode_stream(short, masker, "assistant_only")
+    student, run = add_adapter(load_model("smollm2"), config), open_run({}, run_dir=tmp_path / "run")
+    assert train_agent(student, samples, config, run, masker.tokenizer.pad_token_id)
+    rows = read_metrics(run.path)
+    assert len(rows) == 4 and rows[-1]["loss_ce"] < rows[0]["loss_ce"] / 2
+    merged, kl = write_merged(student, masker, config, False, samples, tmp_path / "merged")
+    assert 0 <= kl < 0.02
+    counts = {"benign": {"samples": 2, "targets": 9}, "notes": []}
+    result = {"before": {}, "after": {}, "merge_kl": kl, "data": counts}
+    record = agent_record(config, DEFAULTS, result, "00", "run")
+    folder = keep_agent(tmp_path / "merged", tmp_path / "agent", record)
+    again = load_model(str(folder), "bfloat16")
+    assert again.dtype == torch.bfloat16 and load(folder / "config.json")["dtype"] == "bfloat16"
+    assert (folder / "chat_template_original.jinja").exists() and preset_for(
+        "tinyagent", str(folder)
+    ) == "smollm2"
+    tools = short[0].tools
+    own, base = (
+        load_tokenizer(name).apply_chat_template(short[0].messages, tools=tools, tokenize=False)
+        for name in (str(folder), "smollm2")
+    )
+    assert own == base
