@@ -13,8 +13,9 @@ from cbnb.preflight.plan import plan_lines, plan_step
 from cbnb.preflight.step_checks import check_run_start, gradient_findings, some_pairs, twin_findings
 from cbnb.report.figures import panels_of
 from cbnb.run.settings import check_processes, run_settings
-from cbnb.step.objectives import rr_twin_adv, run_terms
+from cbnb.step.objectives import COUNTS, rr_twin_adv, run_terms
 from cbnb.step.soft import VECTORS
+from cbnb.train import breaker
 from cbnb.train.alarms import aside_words, forces
 from cbnb.train.trainer import SEARCHES, checkpoints
 from cbnb.transcripts.tinyworld import make_transcripts
@@ -157,3 +158,15 @@ def test_both_halves_of_reroute_pull():
     assert forces(row)[0] == pytest.approx(5) and forces(row)[1:] == (1.0, "retain")
     assert forces(row | {"grad_cos_reroute_soft_reroute": 1.0})[0] == pytest.approx(7)
     assert aside_words(run_terms("rr_twin_adv")).count("twin KL") == 2
+
+
+def test_the_teacher_passes_the_clean_rows_once_for_both_terms_that_read_them(world, monkeypatch):
+    made, batch, _ = checked(world, CONFIG)
+    passed, once = [], breaker.teacher_pass
+    monkeypatch.setattr(breaker, "teacher_pass", lambda *given: passed.append(given[2]) or once(*given))
+    counts = torch.full((len(COUNTS),), 4)
+    terms = made(batch["harmful"], batch["benign"], counts, twin=batch["twin"])
+    groups = [batch["twin"]] if isinstance(batch["twin"], dict) else batch["twin"]
+    assert terms["loss_twin"] != terms["loss_soft_twin"] and len(passed) == len(groups)
+    assert all(rows is group["clean"] for rows, group in zip(passed, groups, strict=True))
+    assert not any("teacher" in group["clean"] for group in groups)

@@ -143,16 +143,21 @@ class CircuitBreaker(nn.Module):
         how = config.kl_temperature, "fused_kl" in config.savings
         return head_kl(ours, theirs, self.head, self.teacher_logits, *how)
 
+    def with_clean_states(self, rows: dict) -> dict:
+        """Return the `rows` of twins with the teacher's final hidden states [N, d] at the targets of the
+        clean ones among these, where a cache puts them too."""
+        config, clean = self.circuit_breaker_config, rows["clean"]
+        if clean.get("teacher"):
+            return rows
+        last = at_targets(*teacher_pass(self.student, self.teacher, clean, config, True), clean)[1]
+        return rows | {"clean": clean | {"teacher": {"last": last}}}
+
     def twin_kl(self, twins: list[dict], soft: torch.Tensor | None = None) -> torch.Tensor:
         """Return the KL of each target [N] of `twins` (`cbnb.data.streams.collate`): of the student on the
         injected rows, with the vectors `soft` [K, D] in them if given, to the teacher on the clean ones."""
         config, sides = self.circuit_breaker_config, []
         for rows in twins:
-            clean = rows["clean"]
-            if cache := clean.get("teacher"):
-                theirs = cache["last"]
-            else:
-                theirs = at_targets(*teacher_pass(self.student, self.teacher, clean, config, True), clean)[1]
+            theirs = self.with_clean_states(rows)["clean"]["teacher"]["last"]
             with soft_rows((self.student,), rows["injected"], soft) as room:
                 ours = at_targets(*one_pass(self.student, room, config, True), room)[1]
             sides.append((ours, theirs))
@@ -228,6 +233,7 @@ class CircuitBreaker(nn.Module):
         """Return the terms of `cbnb.step.objectives.OPTIONAL` that the objective has, float32 scalars, as
         `forward` does; one whose weight is 0 only if `measure`."""
         config, terms = self.circuit_breaker_config, {}
+        twins = [twin] if isinstance(twin, dict) else twin
         soft = current(self.searches) if self.searches else None
         by_name: dict[str, Callable[[list[dict]], torch.Tensor]] = {
             "twin": self.twin_kl,
@@ -240,13 +246,15 @@ class CircuitBreaker(nn.Module):
             trains = not weight or getattr(config, weight) > 0
             if name not in self.objective.names or not (measure or trains):
                 continue
-            if twin is None:
+            if twins is None:
                 raise ConfigError(
                     f"the objective {config.objective} has a {name} term, and the batch holds no twins: pass "
                     "those of cbnb.data.twins"
                 )
+            if "clean" in OPTIONAL[name].sides:  # the teacher passes them once, whatever reads them
+                twins = [self.with_clean_states(rows) for rows in twins]
             with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
-                total = values([twin] if isinstance(twin, dict) else twin).sum()
+                total = values(twins).sum()
             count = count_of(name, denominators).clamp(min=1)
             terms[f"loss_{name}"] = (total / count).float()
         return terms
