@@ -234,7 +234,7 @@ TERM = fields(
         "name": one_of("reroute", "retain", "kl", "twin", "preference", "soft_twin", "soft_reroute"),
         "title": LABEL,
         "unit": text(NAME),
-        **dict.fromkeys(("low", "high", "start"), maybe(number())),
+        **dict.fromkeys(("low", "high", "start", "constant"), maybe(number())),
         "factors": each(LABEL, 5),
     },
     "name",

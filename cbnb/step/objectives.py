@@ -94,7 +94,7 @@ class Term:
     `per_token(harmful, benign, config)` → [M], one number per token of one block: of the harmful ones for
     `reroute`, of the benign ones for `retain`; the others are computed from logits and have none.
     `factors`: the coefficients and settings that multiply the term (`describe_terms` finds them; None:
-    unknown). Raises ConfigError."""
+    unknown); `constant`: the number that does so beside them (None: unknown). Raises ConfigError."""
 
     name: str
     title: str
@@ -104,6 +104,7 @@ class Term:
     start: float | None = None
     per_token: Callable | None = None
     factors: tuple[str, ...] | None = None
+    constant: float | None = None
 
     def __post_init__(self):
         if fault := term_faults(self):
@@ -364,9 +365,9 @@ WEIGHT_SETTINGS = ("retain_weight", "beta_kl", "beta_twin")
 
 
 def describe_terms(objective: Objective, config: CircuitBreakerConfig) -> dict[str, Term]:
-    """Return the terms of `objective` by name, each with its `factors`: those of c_s, c_r, retain_weight,
-    beta_kl and beta_twin that its weight depends on; none for a term that is measured only. Raises
-    ConfigError as `term_factors`."""
+    """Return the terms of `objective` by name, each with its `factors`, those of c_s, c_r, retain_weight,
+    beta_kl and beta_twin that its weight depends on, and its `constant`, its weight where these are 1; no
+    factors and 0 for a term that is measured only. Raises ConfigError as `term_factors`."""
     plain = replace(config, retain_weight=1.0, beta_kl=1.0, beta_twin=1.0)
     base = term_factors(objective, plain, 1.0, 1.0)
     variants = {
@@ -376,12 +377,8 @@ def describe_terms(objective: Objective, config: CircuitBreakerConfig) -> dict[s
         name: term_factors(objective, replace(plain, **{name: 2 * getattr(plain, name)}), 1.0, 1.0)
         for name in WEIGHT_SETTINGS
     }
-    return {
-        name: replace(
-            objective.term(name), factors=tuple(k for k, w in variants.items() if w[name] != base[name])
-        )
-        for name in objective.names
-    }
+    own = {n: tuple(k for k, w in variants.items() if w[n] != base[n]) for n in objective.names}
+    return {n: replace(objective.term(n), factors=own[n], constant=base[n]) for n in objective.names}
 
 # %% ../../nbs/step/02_objectives.ipynb #obj0word
 def term_words(config: CircuitBreakerConfig) -> list[dict[str, Any]]:
