@@ -10,10 +10,16 @@ from cbnb.config import ConfigError, get_config
 from cbnb.data.streams import Sample, Twin
 from cbnb.data.twins import draft_twins, encode_twins
 from cbnb.preflight.plan import plan_lines, plan_step
-from cbnb.preflight.step_checks import check_run_start, gradient_findings, some_pairs, twin_findings
+from cbnb.preflight.step_checks import (
+    check_run_start,
+    gradient_findings,
+    preference_findings,
+    some_pairs,
+    twin_findings,
+)
 from cbnb.report.figures import panels_of
 from cbnb.run.settings import check_processes, run_settings
-from cbnb.step.objectives import COUNTS, rr_twin_adv, run_terms
+from cbnb.step.objectives import COUNTS, dpo_adv, rr_twin_adv, run_terms
 from cbnb.step.soft import VECTORS
 from cbnb.train import breaker
 from cbnb.train.alarms import aside_words, forces
@@ -100,10 +106,11 @@ def test_pre_flight_knows_rows_with_a_soft_prompt_and_catches_one_outside_of_its
 
 
 def test_fsdp_is_refused_before_anything_is_loaded():
-    config = get_config("tinyagent", objective="rr_twin_adv")
-    with pytest.raises(ConfigError, match="leave fsdp off, or give objective rr_twin"):
-        check_processes(config, True, 2)
-    check_processes(config, False, 2)
+    for name in ("rr_twin_adv", "dpo_adv"):
+        config = get_config("tinyagent", objective=name)
+        with pytest.raises(ConfigError, match=f"{name} puts vectors .*leave fsdp off, or give an objective"):
+            check_processes(config, True, 2)
+        check_processes(config, False, 2)
 
 
 def test_curves_and_plan_know_the_terms():
@@ -151,6 +158,28 @@ def test_settings_of_other_objectives_are_refused_and_a_path_is_a_name():
             run_settings({"preset": "tinyagent"} | settings)
     for path, name in (("objectives:rr_twin_adv", "rr_twin_adv"), ("zoo:rr_official", "rr_official")):
         assert get_config("tinyagent", objective=f"cbnb.step.{path}").objective == name
+
+
+@pytest.mark.slow
+def test_dpo_adv_has_both_halves_of_the_preference_in_its_log_and_resumes_its_search(tmp_path):
+    config = replace(CONFIG, objective="dpo_adv")
+    pairs = twin_world(config)
+    stop = [StopAt(tmp_path / "run", 2)]
+    _, rows, adapter = trained(tmp_path / "whole", pairs, config)
+    done, first, _ = trained(tmp_path / "run", pairs, config, callbacks=stop)
+    assert not done and len(first) == 2
+    done, again, resumed = trained(tmp_path / "run", pairs, config)
+    assert done and again == rows and torch.equal(resumed, adapter)
+    for row in rows:
+        weights = dpo_adv.weights(config, row["c_s"], row["c_r"])
+        assert row["loss"] == pytest.approx(sum(w * row[f"loss_{name}"] for name, w in weights.items()))
+        assert row["loss_preference"] > 0 and row["loss_soft_preference"] > 0 and row["preference_pairs"] == 4
+    made, batch, plain = checked(pairs, config)
+    check_run_start(made.student, config, batch, plain)
+    findings = [*preference_findings(made, batch), *gradient_findings(made, batch)]
+    assert {f.verdict for f in findings} == {"pass"}, [f.text for f in findings]
+    drawn = [key for _, _, lines, _ in panels_of(run_terms("dpo_adv")) for key in lines]
+    assert "loss_soft_preference" in drawn and "grad_norm_soft_preference" in drawn
 
 
 def test_both_halves_of_reroute_pull():
