@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['LITERALS', 'GROUPS', 'TESTS', 'LINEARS', 'TRACKERS', 'SAVINGS', 'ZOO', 'OWN_METHODS', 'OBJECTIVES', 'NAME_OF',
-           'PRESETS', 'INTERVALS', 'IDLE', 'ENTRIES', 'DATA_PARAMETERS', 'READING_PARAMETERS', 'TEMPLATE_PARAMETERS',
-           'MODEL_PARAMETERS', 'MEMORY_PARAMETERS', 'RUN_PARAMETERS', 'TRAIN_PARAMETERS', 'PREFLIGHT_PARAMETERS',
-           'AS_RUN', 'EVALUATE_PARAMETERS', 'FIRST_SHOWN', 'OF_RUN', 'KL_PARAMETERS', 'MASKS_PARAMETERS',
-           'ANSWERS_PARAMETERS', 'REPORT_PARAMETERS', 'CHAT_PARAMETERS', 'AGENT_SETTINGS', 'AGENT_PARAMETERS',
-           'NOTEBOOK_PARAMETERS', 'RUN_ONLY', 'LOOP_NAMES', 'LARGEST_SCALE', 'ATTACK_NAMES', 'ConfigError',
-           'scalar_types', 'type_name', 'wrong_type', 'convert_value', 'convert_items', 'text_value', 'Declaration',
-           'setting', 'limits_in_words', 'check_limits', 'notebook_kind', 'notebook_type', 'sentences',
-           'CircuitBreakerConfig', 'check_layer_order', 'check_repeated', 'check_warmup', 'check_policies',
+           'PRESETS', 'INTERVALS', 'TWINNED', 'PREFERRING', 'NOT_RETAINING', 'NO_RETAIN', 'IDLE', 'ENTRIES',
+           'DATA_PARAMETERS', 'READING_PARAMETERS', 'TEMPLATE_PARAMETERS', 'MODEL_PARAMETERS', 'MEMORY_PARAMETERS',
+           'RUN_PARAMETERS', 'TRAIN_PARAMETERS', 'PREFLIGHT_PARAMETERS', 'AS_RUN', 'EVALUATE_PARAMETERS', 'FIRST_SHOWN',
+           'OF_RUN', 'KL_PARAMETERS', 'MASKS_PARAMETERS', 'ANSWERS_PARAMETERS', 'REPORT_PARAMETERS', 'CHAT_PARAMETERS',
+           'AGENT_SETTINGS', 'AGENT_PARAMETERS', 'NOTEBOOK_PARAMETERS', 'RUN_ONLY', 'LOOP_NAMES', 'LARGEST_SCALE',
+           'ATTACK_NAMES', 'ConfigError', 'scalar_types', 'type_name', 'wrong_type', 'convert_value', 'convert_items',
+           'text_value', 'Declaration', 'setting', 'limits_in_words', 'check_limits', 'notebook_kind', 'notebook_type',
+           'sentences', 'CircuitBreakerConfig', 'check_layer_order', 'check_repeated', 'check_warmup', 'check_policies',
            'check_objective_name', 'split_options', 'holds_all_layers', 'small_presets', 'presets', 'intervals',
            'check_idle', 'of_no_weight', 'setting_text', 'get_config', 'parameter', 'setting_declaration', 'change',
            'in_groups', 'check_decoding', 'split_loop', 'check_loop', 'parse_scales', 'parse_attacks', 'check_attacks',
@@ -259,7 +259,7 @@ SAVINGS = ("early_exit", "shared_prefix", "fused_kl", "buckets")
 # %% ../nbs/config.ipynb #1807b8ab
 # a name → "module:attribute", or a cbnb.step.objectives.Objective that a notebook has put there
 ZOO = ("rr_official", "rr_random", "rmu", "repbend", "triplet")
-OWN_METHODS = ("rr", "rr_kl", "rr_twin", "rr_twin_adv", "dpo")
+OWN_METHODS = ("rr", "rr_kl", "rr_twin", "rr_twin_adv", "dpo", "dpo_adv")
 OBJECTIVES = {name: f"cbnb.step.objectives:{name}" for name in OWN_METHODS} | {
     name: f"cbnb.step.zoo:{name}" for name in ZOO
 }
@@ -303,11 +303,11 @@ class CircuitBreakerConfig:
     objective: str = setting(
         "rr",
         "objective",
-        "rr, rr_kl, rr_twin, rr_twin_adv, dpo, another paper's, or module:name",
+        "rr, rr_kl, rr_twin, rr_twin_adv, dpo, dpo_adv, others, or module:name",
         more="rr retains hidden states by an L2 term, rr_kl the probabilities of tokens by the KL term "
         "alone; rr_twin is rr, and teaches to go on with the user's task where an injection stands; "
         "rr_twin_adv is rr_twin, trained against searches for soft prompts as well; dpo prefers the user's "
-        "task to the injected one (SecAlign) by words alone; of other "
+        "task to the injected one (SecAlign) by words alone, and dpo_adv against searches as well; of other "
         "papers (cbnb.step.zoo): rr_official, rr_random, rmu, repbend, triplet",
     )
     objective_options: tuple[str, ...] = setting(
@@ -321,7 +321,7 @@ class CircuitBreakerConfig:
         1.0,
         "objective",
         "weight of the objective's retain term",
-        more="rr, rr_twin, rr_twin_adv: an L2 distance of hidden states; rr_kl, dpo have none",
+        more="rr, rr_twin, rr_twin_adv: an L2 distance of hidden states; rr_kl, dpo, dpo_adv have none",
         at_least=0,
     )
     retain_layers: str = setting(
@@ -354,7 +354,7 @@ class CircuitBreakerConfig:
         0.1,
         "objective",
         "β of the preference term, which scales the log-ratios",
-        more="for dpo, and for an objective of your own with a preference term",
+        more="for dpo, dpo_adv, and an objective of your own with a preference term",
         above=0,
     )
     dpo_logprob: str = setting(
@@ -684,38 +684,41 @@ def intervals(config: CircuitBreakerConfig, total_steps: int) -> dict[str, int]:
     return steps | {"warmup_steps": min(steps["warmup_steps"], total_steps - 1)}
 
 # %% ../nbs/config.ipynb #idle0002
+TWINNED, PREFERRING = ("rr_twin", "rr_twin_adv"), ("dpo", "dpo_adv")  # objectives with a term of that kind
+NOT_RETAINING = ("rr_kl", *PREFERRING)
+NO_RETAIN = f"{', '.join(NOT_RETAINING[:-1])} and {NOT_RETAINING[-1]} have no retain term"
 IDLE: dict[str, tuple[Callable[[CircuitBreakerConfig], object], str]] = {
     "beta_twin": (
         # its default stands in the config.json of every run
-        lambda c: c.objective in ("rr", "rr_kl", "dpo") and c.beta_twin != 1,
-        "objective rr, rr_kl and dpo have no twin term: leave it out, or give objective rr_twin",
+        lambda c: c.objective in OBJECTIVES and c.objective not in TWINNED and c.beta_twin != 1,
+        f"of the objectives by name only {' and '.join(TWINNED)} have a twin term: leave it out, or give "
+        "objective rr_twin",
     ),
     "dpo_beta": (
-        lambda c: c.objective in OBJECTIVES and c.objective != "dpo" and c.dpo_beta != 0.1,
-        "of the objectives by name only dpo has a preference term: leave it out, or give objective dpo",
+        lambda c: c.objective in OBJECTIVES and c.objective not in PREFERRING and c.dpo_beta != 0.1,
+        f"of the objectives by name only {' and '.join(PREFERRING)} have a preference term: leave it out, or "
+        "give objective dpo",
     ),
     "dpo_logprob": (
-        lambda c: c.objective in OBJECTIVES and c.objective != "dpo" and c.dpo_logprob != "sum",
-        "of the objectives by name only dpo has a preference term: leave it out, or give objective dpo",
+        lambda c: c.objective in OBJECTIVES and c.objective not in PREFERRING and c.dpo_logprob != "sum",
+        f"of the objectives by name only {' and '.join(PREFERRING)} have a preference term: leave it out, or "
+        "give objective dpo",
     ),
     "retain_weight": (
-        lambda c: c.objective in ("rr_kl", "dpo") and c.retain_weight,
-        "objective rr_kl and dpo have no retain term: leave it out, or give objective rr",
+        lambda c: c.objective in NOT_RETAINING and c.retain_weight,
+        f"objective {NO_RETAIN}: leave it out, or give objective rr",
     ),
     "objective_options": (
         lambda c: c.objective in OWN_METHODS and c.objective_options != ("none",),
         f"objectives {', '.join(OWN_METHODS)} have no options: leave it out",
     ),
     "retain_layers": (
-        lambda c: (
-            c.objective in ("rr_kl", "dpo") or (c.objective == "rr_official" and c.retain_layers != "all")
-        ),
-        "objective rr_kl and dpo have no retain term, and rr_official holds every block: leave it out, or "
-        "give objective rr",
+        lambda c: c.objective in NOT_RETAINING or (c.objective == "rr_official" and c.retain_layers != "all"),
+        f"objective {NO_RETAIN}, and rr_official holds every block: leave it out, or give objective rr",
     ),
     "retain_relative": (
-        lambda c: c.objective in ("rr_kl", "dpo"),
-        "objective rr_kl and dpo have no retain term: leave it out, or give objective rr",
+        lambda c: c.objective in NOT_RETAINING,
+        f"objective {NO_RETAIN}: leave it out, or give objective rr",
     ),
     "saturated_below": (
         lambda c: not c.diagnose_steps,

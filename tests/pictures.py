@@ -53,7 +53,7 @@ if __name__ == "__main__":
         for name in sys.argv[1:] or PICTURES:
             act, what = PICTURES[name]
             nb = lab.open(f"{name}.ipynb")
-            nb.run_all(timeout=900)
+            nb.run_all(timeout=1800)
             nb.page.evaluate(HIDE)
             act(nb.page)
             nb.page.locator(what).first.evaluate(

@@ -2,6 +2,7 @@
 changes. Asked of numbers, for every kind that peft makes."""
 
 import json
+import warnings
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -216,6 +217,16 @@ def test_an_adapter_that_is_not_what_it_says(tmp_path, name):
     with pytest.raises(ValueError) as e:
         load_students(base_model(case.base), {"A": folder}, rows())
     assert words in str(e.value) and str(folder) in str(e.value) and "\n" not in str(e.value), e.value
+
+
+def test_a_base_at_another_path_is_no_warning_of_peft(tmp_path):
+    """An adapter names the folder of the model that it was made on, and a checkout may be moved."""
+    folder = saved(PASS["LoRA"], tmp_path)
+    about = load(folder / "adapter_config.json") | {"base_model_name_or_path": "/elsewhere/tinyagent_model"}
+    (folder / "adapter_config.json").write_text(json.dumps(about))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_students(base_model(), {"A": folder}, rows())
 
 
 def broken_one(tmp_path):

@@ -10,11 +10,18 @@ from cbnb.config import ConfigError, get_config
 from cbnb.data.streams import Sample, Twin
 from cbnb.data.twins import draft_twins, encode_twins
 from cbnb.preflight.plan import plan_lines, plan_step
-from cbnb.preflight.step_checks import check_run_start, gradient_findings, some_pairs, twin_findings
+from cbnb.preflight.step_checks import (
+    check_run_start,
+    gradient_findings,
+    preference_findings,
+    some_pairs,
+    twin_findings,
+)
 from cbnb.report.figures import panels_of
 from cbnb.run.settings import check_processes, run_settings
-from cbnb.step.objectives import rr_twin_adv, run_terms
+from cbnb.step.objectives import COUNTS, dpo_adv, rr_twin_adv, run_terms
 from cbnb.step.soft import VECTORS
+from cbnb.train import breaker
 from cbnb.train.alarms import aside_words, forces
 from cbnb.train.trainer import SEARCHES, checkpoints
 from cbnb.transcripts.tinyworld import make_transcripts
@@ -99,10 +106,11 @@ def test_pre_flight_knows_rows_with_a_soft_prompt_and_catches_one_outside_of_its
 
 
 def test_fsdp_is_refused_before_anything_is_loaded():
-    config = get_config("tinyagent", objective="rr_twin_adv")
-    with pytest.raises(ConfigError, match="leave fsdp off, or give objective rr_twin"):
-        check_processes(config, True, 2)
-    check_processes(config, False, 2)
+    for name in ("rr_twin_adv", "dpo_adv"):
+        config = get_config("tinyagent", objective=name)
+        with pytest.raises(ConfigError, match=f"{name} puts vectors .*leave fsdp off, or give an objective"):
+            check_processes(config, True, 2)
+        check_processes(config, False, 2)
 
 
 def test_curves_and_plan_know_the_terms():
@@ -152,8 +160,42 @@ def test_settings_of_other_objectives_are_refused_and_a_path_is_a_name():
         assert get_config("tinyagent", objective=f"cbnb.step.{path}").objective == name
 
 
+@pytest.mark.slow
+def test_dpo_adv_has_both_halves_of_the_preference_in_its_log_and_resumes_its_search(tmp_path):
+    config = replace(CONFIG, objective="dpo_adv")
+    pairs = twin_world(config)
+    stop = [StopAt(tmp_path / "run", 2)]
+    _, rows, adapter = trained(tmp_path / "whole", pairs, config)
+    done, first, _ = trained(tmp_path / "run", pairs, config, callbacks=stop)
+    assert not done and len(first) == 2
+    done, again, resumed = trained(tmp_path / "run", pairs, config)
+    assert done and again == rows and torch.equal(resumed, adapter)
+    for row in rows:
+        weights = dpo_adv.weights(config, row["c_s"], row["c_r"])
+        assert row["loss"] == pytest.approx(sum(w * row[f"loss_{name}"] for name, w in weights.items()))
+        assert row["loss_preference"] > 0 and row["loss_soft_preference"] > 0 and row["preference_pairs"] == 4
+    made, batch, plain = checked(pairs, config)
+    check_run_start(made.student, config, batch, plain)
+    findings = [*preference_findings(made, batch), *gradient_findings(made, batch)]
+    assert {f.verdict for f in findings} == {"pass"}, [f.text for f in findings]
+    drawn = [key for _, _, lines, _ in panels_of(run_terms("dpo_adv")) for key in lines]
+    assert "loss_soft_preference" in drawn and "grad_norm_soft_preference" in drawn
+
+
 def test_both_halves_of_reroute_pull():
     row = {"grad_norm_reroute": 3.0, "grad_norm_soft_reroute": 4.0, "grad_norm_retain": 1.0}
     assert forces(row)[0] == pytest.approx(5) and forces(row)[1:] == (1.0, "retain")
     assert forces(row | {"grad_cos_reroute_soft_reroute": 1.0})[0] == pytest.approx(7)
     assert aside_words(run_terms("rr_twin_adv")).count("twin KL") == 2
+
+
+def test_the_teacher_passes_the_clean_rows_once_for_both_terms_that_read_them(world, monkeypatch):
+    made, batch, _ = checked(world, CONFIG)
+    passed, once = [], breaker.teacher_pass
+    monkeypatch.setattr(breaker, "teacher_pass", lambda *given: passed.append(given[2]) or once(*given))
+    counts = torch.full((len(COUNTS),), 4)
+    terms = made(batch["harmful"], batch["benign"], counts, twin=batch["twin"])
+    groups = [batch["twin"]] if isinstance(batch["twin"], dict) else batch["twin"]
+    assert terms["loss_twin"] != terms["loss_soft_twin"] and len(passed) == len(groups)
+    assert all(rows is group["clean"] for rows, group in zip(passed, groups, strict=True))
+    assert not any("teacher" in group["clean"] for group in groups)

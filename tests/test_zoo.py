@@ -324,7 +324,7 @@ def test_words_and_weights(name):
         ({"objective": "rmu", "objective_options": "steering"}, "is no option; write name=value"),
         ({"objective": "rmu", "objective_options": "steering=1,steering=2"}, "names steering twice"),
         ({"objective": "rr_random", "objective_options": "kind=centered"}, "did you mean 'centred'"),
-        ({"objective": "rr", "objective_options": "steering=1"}, "rr_twin_adv, dpo have no options"),
+        ({"objective": "rr", "objective_options": "steering=1"}, "rr_twin_adv, dpo, dpo_adv have no options"),
         ({"objective": "rmu", "retain_relative": True}, "retain_relative True would do nothing"),
         ({"objective": "rr_official", "retain_layers": "targets"}, "rr_official holds every block"),
         ({"objective": "repbent"}, "did you mean 'repbend'"),

@@ -69,9 +69,10 @@ def real_rows(
 # %% ../../nbs/evaluate/08_divergence.ipynb #b0f204a4
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    "Silence peft's warnings of gradient checkpointing, fan_in_fan_out and disable_adapter inside."
+    """Silence peft's warnings of gradient checkpointing, fan_in_fan_out, disable_adapter and of a base at
+    another path inside: whether it is another base, `cbnb.evaluate.adapters.another_base` says."""
     with warnings.catch_warnings():
-        noise = ".*(gradient_checkpointing|fan_in_fan_out|disable_adapter).*"
+        noise = ".*(gradient_checkpointing|fan_in_fan_out|disable_adapter|base_model_name_or_path).*"
         warnings.filterwarnings("ignore", message=noise)
         yield
 

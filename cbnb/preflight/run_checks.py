@@ -50,7 +50,7 @@ def factor_words(term: Term, config: CircuitBreakerConfig) -> str:
     """Return what multiplies `term` (`cbnb.step.objectives.describe_terms`), for example `c_r·0.3`; `0` for a
     term that is measured only."""
     values = [name if name in ("c_s", "c_r") else f"{getattr(config, name):g}" for name in term.factors or ()]
-    return "·".join(values) or "0"
+    return "·".join([*values, *([f"{term.constant:g}"] if term.constant != 1 or not values else [])])
 
 # %% ../../nbs/preflight/04_run_checks.ipynb #effd7414
 BETA = Criterion(

@@ -741,6 +741,7 @@ STYLES: dict[str, tuple[str, str, float]] = {
     "KL": ("#0072B2", "dot", 2),
     "twin KL": ("#CC79A7", "longdash", 1.5),
     "preference": ("#9A7D0A", "longdash", 1.5),
+    "soft preference": ("#9A7D0A", "dot", 1.5),
     "soft twin KL": ("#CC79A7", "dot", 1.5),
     "soft reroute": ("#D55E00", "dot", 1.5),
     "loss": ("#808080", "solid", 2.5),
@@ -775,6 +776,7 @@ LINE_OF = {
     "preference": "preference",
     "soft_twin": "soft twin KL",
     "soft_reroute": "soft reroute",
+    "soft_preference": "soft preference",
 }
 
 # %% ../../nbs/report/00_figures.ipynb #b5db48d7

@@ -26,15 +26,16 @@ from ..config import CircuitBreakerConfig, ConfigError, check_limits, convert_va
 
 # %% auto #0
 __all__ = ['ValueCheck', 'STEPS', 'NAME', 'PATH', 'WORDS', 'PAGE', 'STATES', 'LINE', 'LABEL', 'HEX', 'ALARM', 'ALARMS', 'NOTES',
-           'ROUNDING_FLOOR', 'SECONDS', 'TERM', 'STATUS_FIELDS', 'STATUS', 'SETTING', 'SETTINGS', 'PARAMETERS',
-           'EVALUATION_TEXTS', 'EVALUATED', 'SHARE', 'TOKENS', 'COSINE_CHECK', 'RATE_FIELDS', 'SHARE_FIELDS', 'TALLY',
-           'DECODING_CHECKS', 'TOKEN_FIGURES', 'FIGURE_CHECKS', 'FIGURES', 'SCALE_POINT', 'DIAL', 'REASON', 'LOOP',
-           'RESULT', 'ATTACK_RATES', 'ATTACK_POINT', 'ATTACK', 'ATTACKED', 'TAMPER_COUNTS', 'TAMPER_POINT', 'TAMPER',
-           'TAMPERED', 'VERDICT', 'POINT', 'CHECK_RESULT', 'PREFLIGHT', 'KEY', 'CODE_STATE', 'PLAN', 'ARRAY', 'JOBS',
-           'TEMPLATE', 'IDS', 'PROMPT', 'HASHES', 'FIGURES_OF', 'ORIGINS', 'ANSWER', 'EPISODE_META', 'EPISODE', 'STEP',
-           'VALUE', 'MEASURE_PREFIXES', 'RECORDS', 'SMALL', 'wants', 'is_plain', 'plain_value', 'whole_number',
-           'number', 'text', 'one_of', 'flag', 'moment', 'maybe', 'each', 'mapping', 'fields', 'either', 'floor',
-           'setting_check', 'settings', 'count', 'metrics_row', 'fault', 'record_of', 'read_record']
+           'WITH_FLOOR', 'ROUNDING_FLOOR', 'SECONDS', 'TERM', 'STATUS_FIELDS', 'STATUS', 'SETTING', 'SETTINGS',
+           'PARAMETERS', 'EVALUATION_TEXTS', 'EVALUATED', 'SHARE', 'TOKENS', 'COSINE_CHECK', 'RATE_FIELDS',
+           'SHARE_FIELDS', 'TALLY', 'DECODING_CHECKS', 'TOKEN_FIGURES', 'FIGURE_CHECKS', 'FIGURES', 'SCALE_POINT',
+           'DIAL', 'REASON', 'LOOP', 'RESULT', 'ATTACK_RATES', 'ATTACK_POINT', 'ATTACK', 'ATTACKED', 'TAMPER_COUNTS',
+           'TAMPER_POINT', 'TAMPER', 'TAMPERED', 'VERDICT', 'POINT', 'CHECK_RESULT', 'PREFLIGHT', 'KEY', 'CODE_STATE',
+           'PLAN', 'ARRAY', 'JOBS', 'TEMPLATE', 'IDS', 'PROMPT', 'HASHES', 'FIGURES_OF', 'ORIGINS', 'ANSWER',
+           'EPISODE_META', 'EPISODE', 'STEP', 'VALUE', 'MEASURE_PREFIXES', 'RECORDS', 'SMALL', 'wants', 'is_plain',
+           'plain_value', 'whole_number', 'number', 'text', 'one_of', 'flag', 'moment', 'maybe', 'each', 'mapping',
+           'fields', 'either', 'floor', 'setting_check', 'settings', 'count', 'metrics_row', 'fault', 'record_of',
+           'read_record']
 
 # %% ../../nbs/run/01_records.ipynb #rec00003
 ValueCheck = Callable[[Any, str], Iterator[str]]  # of a value and its place: one sentence per fault
@@ -216,10 +217,8 @@ ALARM = fields(
     "alarm",
 )
 ALARMS, NOTES = each(ALARM, 1000), each(LINE, 10_000)
-ROUNDING_FLOOR = fields(
-    {"dtype": LABEL} | dict.fromkeys(("reroute", "retain", "kl", "preference", "soft_reroute"), number()),
-    "dtype",
-)
+WITH_FLOOR = ("reroute", "retain", "kl", "preference", "soft_reroute", "soft_preference")
+ROUNDING_FLOOR = fields({"dtype": LABEL} | dict.fromkeys(WITH_FLOOR, number()), "dtype")
 
 # %% ../../nbs/run/01_records.ipynb #e1133c9f
 def floor(value: Any, where: str) -> Iterator[str]:
@@ -231,10 +230,10 @@ def floor(value: Any, where: str) -> Iterator[str]:
 SECONDS = number(0, 1e12)
 TERM = fields(
     {
-        "name": one_of("reroute", "retain", "kl", "twin", "preference", "soft_twin", "soft_reroute"),
+        "name": one_of(*WITH_FLOOR, "twin", "soft_twin"),
         "title": LABEL,
         "unit": text(NAME),
-        **dict.fromkeys(("low", "high", "start"), maybe(number())),
+        **dict.fromkeys(("low", "high", "start", "constant"), maybe(number())),
         "factors": each(LABEL, 5),
     },
     "name",

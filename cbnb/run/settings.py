@@ -262,16 +262,18 @@ def settings_of(
 def check_processes(config: CircuitBreakerConfig, fsdp: bool, processes: int) -> None:
     """Raise ConfigError where `processes` cannot share a step of `config` (see `cbnb.config.shares`), and
     for `fsdp` in one, which has nobody to share with, or with an objective that needs whole embeddings."""
+    from cbnb.step.objectives import find_objective
+
     shares(config, processes)
     if fsdp and processes == 1:
         raise ConfigError(
             "fsdp shares the weights among several processes, but there is one: start more by torchrun or "
             "slurm/05_train_multi.sbatch, or leave fsdp off"
         )
-    if fsdp and config.objective == "rr_twin_adv":
+    if fsdp and find_objective(config.objective).has_soft:
         raise ConfigError(
-            "rr_twin_adv puts vectors among the embeddings, which fsdp keeps in parts: leave fsdp off, or "
-            "give objective rr_twin"
+            f"{config.objective} puts vectors among the embeddings, which fsdp keeps in parts: leave fsdp "
+            "off, or give an objective without a soft term, such as rr_twin or dpo"
         )
 
 # %% ../../nbs/run/12_settings.ipynb #setng16b

@@ -27,14 +27,15 @@ from cbnb.config import (
 from ..transcripts.record import nearest
 
 # %% auto #0
-__all__ = ['TERM_NAMES', 'OPTIONAL', 'OPTIONAL_NAMES', 'ALL_NAMES', 'MEAN_OVER', 'COUNTS', 'COSINE_TERM', 'DISTANCE', 'KL', 'rr',
-           'MEASURED', 'rr_kl', 'TWIN', 'rr_twin', 'PREFERENCE', 'COSINE', 'dpo', 'SOFT_REROUTE', 'SOFT_TWIN',
-           'rr_twin_adv', 'BUILT_IN', 'WEIGHT_SETTINGS', 'SLACK', 'Pair', 'Extra', 'count_of', 'Term', 'term_faults',
-           'depth', 'descent', 'departure', 'Objective', 'is_terms', 'has_all_terms', 'option', 'option_value',
-           'option_values', 'reroute_cosine', 'retain_distance', 'rr_weights', 'rr_kl_weights', 'rr_twin_weights',
-           'dpo_weights', 'rr_twin_adv_weights', 'find_objective', 'term_factors', 'describe_terms', 'term_words',
-           'built_in_terms', 'run_terms', 'common_terms', 'idle_alarms', 'random_pairs', 'idle_settings',
-           'check_objective', 'token_terms', 'range_faults', 'check_terms']
+__all__ = ['TERM_NAMES', 'TWINS', 'CHOICE', 'OPTIONAL', 'OPTIONAL_NAMES', 'ALL_NAMES', 'MEAN_OVER', 'COUNTS', 'COSINE_TERM',
+           'DISTANCE', 'KL', 'rr', 'MEASURED', 'rr_kl', 'TWIN', 'rr_twin', 'PREFERENCE', 'COSINE', 'dpo',
+           'SOFT_REROUTE', 'SOFT_TWIN', 'rr_twin_adv', 'SOFT_PREFERENCE', 'dpo_adv', 'BUILT_IN', 'WEIGHT_SETTINGS',
+           'SLACK', 'Pair', 'Extra', 'count_of', 'Term', 'term_faults', 'depth', 'descent', 'departure', 'Objective',
+           'is_terms', 'has_all_terms', 'option', 'option_value', 'option_values', 'reroute_cosine', 'retain_distance',
+           'rr_weights', 'rr_kl_weights', 'rr_twin_weights', 'dpo_weights', 'rr_twin_adv_weights', 'dpo_adv_weights',
+           'find_objective', 'term_factors', 'describe_terms', 'term_words', 'built_in_terms', 'run_terms',
+           'common_terms', 'idle_alarms', 'random_pairs', 'idle_settings', 'check_objective', 'token_terms',
+           'range_faults', 'check_terms']
 
 # %% ../../nbs/step/02_objectives.ipynb #obj0torc
 if TYPE_CHECKING:
@@ -54,21 +55,25 @@ class Extra(NamedTuple):
     `cbnb.data.streams.Twin`; `mean_over`: what is counted for it, one of `COUNTS`; `weight`: the setting at 0
     of which it is measured without gradient, empty where it has none; `soft`: whether it is about rows with a
     soft prompt (`cbnb.step.soft`); `to_end`: whether it reads what the last block gives, and not
-    the target layers alone."""
+    the target layers alone; `reference`: those of `sides` that the teacher passes to their end as they are,
+    without a soft prompt."""
 
     sides: tuple[str, ...]
     mean_over: str
     weight: str = ""
     soft: bool = False
     to_end: bool = True
+    reference: tuple[str, ...] = ()
 
 # %% ../../nbs/step/02_objectives.ipynb #pf0opt01
 TERM_NAMES = ("reroute", "retain", "kl")
+TWINS, CHOICE = ("injected", "clean"), ("injected", "rejected")
 OPTIONAL = {
-    "twin": Extra(("injected", "clean"), "twin_targets", "beta_twin"),
-    "preference": Extra(("injected", "rejected"), "preference_pairs"),
-    "soft_twin": Extra(("injected", "clean"), "twin_targets", "beta_twin", soft=True),
+    "twin": Extra(TWINS, "twin_targets", "beta_twin", reference=("clean",)),
+    "preference": Extra(CHOICE, "preference_pairs", reference=CHOICE),
+    "soft_twin": Extra(TWINS, "twin_targets", "beta_twin", soft=True, reference=("clean",)),
     "soft_reroute": Extra(("rejected",), "preference_pairs", soft=True, to_end=False),
+    "soft_preference": Extra(CHOICE, "preference_pairs", soft=True, reference=CHOICE),
 }
 OPTIONAL_NAMES = tuple(OPTIONAL)
 ALL_NAMES = (*TERM_NAMES, *OPTIONAL_NAMES)  # the order of the log
@@ -94,7 +99,7 @@ class Term:
     `per_token(harmful, benign, config)` → [M], one number per token of one block: of the harmful ones for
     `reroute`, of the benign ones for `retain`; the others are computed from logits and have none.
     `factors`: the coefficients and settings that multiply the term (`describe_terms` finds them; None:
-    unknown). Raises ConfigError."""
+    unknown); `constant`: the number that does so beside them (None: unknown). Raises ConfigError."""
 
     name: str
     title: str
@@ -104,6 +109,7 @@ class Term:
     start: float | None = None
     per_token: Callable | None = None
     factors: tuple[str, ...] | None = None
+    constant: float | None = None
 
     def __post_init__(self):
         if fault := term_faults(self):
@@ -314,11 +320,21 @@ def rr_twin_adv_weights(config: CircuitBreakerConfig, c_s: float, c_r: float) ->
     halves = {"reroute": reroute, "soft_reroute": reroute, "twin": twin, "soft_twin": twin}
     return rr_weights(config, c_s, c_r) | halves
 
+# %% ../../nbs/step/02_objectives.ipynb #sf0wgt02
+def dpo_adv_weights(config: CircuitBreakerConfig, c_s: float, c_r: float) -> dict[str, float]:
+    "Return the factors of c_r·((preference + soft_preference)/2 + beta_kl·kl)."
+    return dpo_weights(config, c_s, c_r) | dict.fromkeys(("preference", "soft_preference"), c_r / 2)
+
 # %% ../../nbs/step/02_objectives.ipynb #sf0obj01
 SOFT_REROUTE = Term("soft_reroute", "soft reroute", "mean relu(cosine)", 0.0, 1.0, 1.0)
 SOFT_TWIN = Term("soft_twin", "soft twin KL", "nats per token", 0.0)
 rr_twin_adv = Objective("rr_twin_adv", (*rr_twin.terms, SOFT_REROUTE, SOFT_TWIN), rr_twin_adv_weights)
-BUILT_IN = {"rr": rr, "rr_kl": rr_kl, "rr_twin": rr_twin, "rr_twin_adv": rr_twin_adv, "dpo": dpo}
+SOFT_PREFERENCE = Term("soft_preference", "soft preference", "nats per pair", 0.0, None, math.log(2))
+dpo_adv = Objective("dpo_adv", (*dpo.terms, SOFT_PREFERENCE), dpo_adv_weights)
+BUILT_IN = {"rr": rr, "rr_kl": rr_kl, "rr_twin": rr_twin, "rr_twin_adv": rr_twin_adv} | {
+    "dpo": dpo,
+    "dpo_adv": dpo_adv,
+}
 
 # %% ../../nbs/step/02_objectives.ipynb #375fdc8c
 def find_objective(name: str) -> Objective:
@@ -364,9 +380,9 @@ WEIGHT_SETTINGS = ("retain_weight", "beta_kl", "beta_twin")
 
 
 def describe_terms(objective: Objective, config: CircuitBreakerConfig) -> dict[str, Term]:
-    """Return the terms of `objective` by name, each with its `factors`: those of c_s, c_r, retain_weight,
-    beta_kl and beta_twin that its weight depends on; none for a term that is measured only. Raises
-    ConfigError as `term_factors`."""
+    """Return the terms of `objective` by name, each with its `factors`, those of c_s, c_r, retain_weight,
+    beta_kl and beta_twin that its weight depends on, and its `constant`, its weight where these are 1; no
+    factors and 0 for a term that is measured only. Raises ConfigError as `term_factors`."""
     plain = replace(config, retain_weight=1.0, beta_kl=1.0, beta_twin=1.0)
     base = term_factors(objective, plain, 1.0, 1.0)
     variants = {
@@ -376,12 +392,8 @@ def describe_terms(objective: Objective, config: CircuitBreakerConfig) -> dict[s
         name: term_factors(objective, replace(plain, **{name: 2 * getattr(plain, name)}), 1.0, 1.0)
         for name in WEIGHT_SETTINGS
     }
-    return {
-        name: replace(
-            objective.term(name), factors=tuple(k for k, w in variants.items() if w[name] != base[name])
-        )
-        for name in objective.names
-    }
+    own = {n: tuple(k for k, w in variants.items() if w[n] != base[n]) for n in objective.names}
+    return {n: replace(objective.term(n), factors=own[n], constant=base[n]) for n in objective.names}
 
 # %% ../../nbs/step/02_objectives.ipynb #obj0word
 def term_words(config: CircuitBreakerConfig) -> list[dict[str, Any]]:

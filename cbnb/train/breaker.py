@@ -5,6 +5,7 @@
 # %% ../../nbs/train/00_breaker.ipynb #d8e479d5
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection
 from functools import partial
 from typing import cast
@@ -143,16 +144,23 @@ class CircuitBreaker(nn.Module):
         how = config.kl_temperature, "fused_kl" in config.savings
         return head_kl(ours, theirs, self.head, self.teacher_logits, *how)
 
+    def with_reference(self, rows: dict, sides: Collection[str]) -> dict:
+        """Return the `rows` of twins, with the teacher's final hidden states [N, d] at the targets of those
+        of `sides` among these, where a cache puts them too."""
+        config, more = self.circuit_breaker_config, {}
+        for side in sides:
+            if not rows[side].get("teacher"):
+                states = teacher_pass(self.student, self.teacher, rows[side], config, True)
+                last = at_targets(*states, rows[side])[1]
+                more[side] = rows[side] | {"teacher": {"hidden": {}, "last": last}}
+        return rows | more
+
     def twin_kl(self, twins: list[dict], soft: torch.Tensor | None = None) -> torch.Tensor:
         """Return the KL of each target [N] of `twins` (`cbnb.data.streams.collate`): of the student on the
         injected rows, with the vectors `soft` [K, D] in them if given, to the teacher on the clean ones."""
         config, sides = self.circuit_breaker_config, []
         for rows in twins:
-            clean = rows["clean"]
-            if cache := clean.get("teacher"):
-                theirs = cache["last"]
-            else:
-                theirs = at_targets(*teacher_pass(self.student, self.teacher, clean, config, True), clean)[1]
+            theirs = self.with_reference(rows, ["clean"])["clean"]["teacher"]["last"]
             with soft_rows((self.student,), rows["injected"], soft) as room:
                 ours = at_targets(*one_pass(self.student, room, config, True), room)[1]
             sides.append((ours, theirs))
@@ -169,21 +177,31 @@ class CircuitBreaker(nn.Module):
         values = head_log_prob(cast(torch.Tensor, last), tokens, logits, in_chunks)
         return reduce_rows(values, at, rows, how)
 
-    def log_probs(self, rows: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    def log_probs(self, rows: dict, soft: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the log-probabilities that student and teacher give to the targets of each of padded `rows`,
-        [B] each, in nats: their sum, or their mean if `dpo_logprob` is."""
-        how = self.circuit_breaker_config.dpo_logprob
-        (_, ours), (_, theirs) = self.states(rows, final=True)
-        student = self.answer_log_probs(ours, rows, self.head.logits, how)
+        [B] each, in nats: their sum, or their mean if `dpo_logprob` is. With the vectors `soft` [K, D] the
+        student's are of rows with these in them, and the teacher's of `with_reference`."""
+        config, room = self.circuit_breaker_config, rows
+        if soft is None:
+            (_, ours), (_, theirs) = self.states(rows, final=True)
+        else:
+            theirs = rows["teacher"]["last"]
+            with soft_rows((self.student,), rows, soft) as room:
+                ours = at_targets(*one_pass(self.student, room, config, True), room)[1]
+        student = self.answer_log_probs(ours, room, self.head.logits, config.dpo_logprob)
         with torch.no_grad():
-            return student, self.answer_log_probs(theirs, rows, self.teacher_logits, how)
+            return student, self.answer_log_probs(theirs, rows, self.teacher_logits, config.dpo_logprob)
 
-    def preference(self, twins: list[dict]) -> torch.Tensor:
+    def preference(self, twins: list[dict], soft: torch.Tensor | None = None) -> torch.Tensor:
         """Return the DPO loss of each pair of `twins`: of the user's own next action over the rejected one,
-        both on the attacked prompt (`cbnb.step.losses.pair_dpo`)."""
+        both on the attacked prompt (`cbnb.step.losses.pair_dpo`), for the student with the vectors `soft`
+        [K, D] in it if given."""
+        sides = OPTIONAL["preference"].sides
+        if soft is not None:
+            twins = [self.with_reference(rows, sides) for rows in twins]
         good, bad = (
-            [torch.cat(side) for side in zip(*(self.log_probs(rows[name]) for rows in twins))]
-            for name in OPTIONAL["preference"].sides
+            [torch.cat(side) for side in zip(*(self.log_probs(rows[name], soft) for rows in twins))]
+            for name in sides
         )
         return pair_dpo(good[0], bad[0], good[1], bad[1], self.circuit_breaker_config.dpo_beta)
 
@@ -228,25 +246,29 @@ class CircuitBreaker(nn.Module):
         """Return the terms of `cbnb.step.objectives.OPTIONAL` that the objective has, float32 scalars, as
         `forward` does; one whose weight is 0 only if `measure`."""
         config, terms = self.circuit_breaker_config, {}
+        twins = [twin] if isinstance(twin, dict) else twin
         soft = current(self.searches) if self.searches else None
         by_name: dict[str, Callable[[list[dict]], torch.Tensor]] = {
             "twin": self.twin_kl,
             "preference": self.preference,
             "soft_twin": partial(self.twin_kl, soft=soft),
             "soft_reroute": partial(self.soft_reroute, soft=soft),
+            "soft_preference": partial(self.preference, soft=soft),
         }
-        for name, values in by_name.items():
-            weight = OPTIONAL[name].weight
-            trains = not weight or getattr(config, weight) > 0
-            if name not in self.objective.names or not (measure or trains):
-                continue
-            if twin is None:
-                raise ConfigError(
-                    f"the objective {config.objective} has a {name} term, and the batch holds no twins: pass "
-                    "those of cbnb.data.twins"
-                )
-            with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
-                total = values([twin] if isinstance(twin, dict) else twin).sum()
+        trains = {n: not (w := OPTIONAL[n].weight) or getattr(config, w) > 0 for n in by_name}
+        wanted = [n for n in by_name if n in self.objective.names and (measure or trains[n])]
+        if wanted and twins is None:
+            raise ConfigError(
+                f"the objective {config.objective} has a {wanted[0]} term, and the batch holds no twins: "
+                "pass those of cbnb.data.twins"
+            )
+        # what the teacher says of rows that several terms read, once
+        several = Counter(side for name in wanted for side in OPTIONAL[name].reference)
+        sides = [side for side, count in several.items() if count > 1]
+        twins = [self.with_reference(rows, sides) for rows in twins or ()]
+        for name in wanted:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and trains[name]):
+                total = by_name[name](twins).sum()
             count = count_of(name, denominators).clamp(min=1)
             terms[f"loss_{name}"] = (total / count).float()
         return terms
