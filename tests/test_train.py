@@ -39,6 +39,7 @@ FIGURES = {
     "exact_match",
     "heldout_kl",
     "heldout_top1",
+    "heldout_tokens",
     "harmful_cosine",
     "n",
     "obeyed_in_words",
@@ -122,6 +123,22 @@ def test_positive_control_and_what_kl_does(runs):
     )
     assert without["attack_success"] <= 0.05
     assert without["heldout_kl"]["in_domain"] >= 5 * with_kl["heldout_kl"]["in_domain"] > 0
+
+
+def test_kl_stands_by_kind_of_token_and_beside_exact_match(runs):
+    for which, folder in runs.items():
+        after = load(folder / "result.json")["after"]
+        for domain, kinds in after["heldout_tokens"].items():
+            whole = kinds.pop("all")
+            assert "unknown" not in kinds and sum(k["tokens"] for k in kinds.values()) == whole["tokens"]
+            mean = sum(k["tokens"] * k["kl"] for k in kinds.values()) / whole["tokens"]
+            assert mean == pytest.approx(after["heldout_kl"][domain])
+            assert sum(k["agreed"] for k in kinds.values()) == whole["agreed"]
+        shown = [(folder / name).read_text() for name in ("report.html", "adapter/README.md")]
+        for text in shown:
+            section = text[text.index("KL by kind of token, beside exact match") :]
+            at = [section.index(words) for words in ("argument values", "sensitive", "off domain")]
+            assert at == sorted(at), which
 
 
 def test_run_directory_is_complete(runs):
