@@ -120,7 +120,14 @@ def describe(rows: Iterable[Transcript], lengths: list[int]) -> dict[str, Any]:
 
 # %% ../../nbs/agent/11_office_files.ipynb #offf0022
 def make_parts(
-    n: int, per_kind: int, seed: int, model: str, general: bool, agentdojo: int, tell: Callable[[str], Any]
+    n: int,
+    per_kind: int,
+    seed: int,
+    model: str,
+    general: bool,
+    agentdojo: int,
+    tell: Callable[[str], Any],
+    trust_remote_code: bool = False,
 ) -> tuple[Parts, dict[str, dict[str, int]]]:
     """Return all transcripts of `write_office`, whose arguments these are, of any length, and `drops`: counts
     by source and cause."""
@@ -132,7 +139,8 @@ def make_parts(
         sources.append(more)
     if general:
         answers, counts = general_transcripts(
-            open_agent(model), tell=lambda n, total: tell(f"general text: {n} of {total} questions")
+            open_agent(model, trust_remote_code=trust_remote_code),
+            tell=lambda n, total: tell(f"general text: {n} of {total} questions"),
         )
         drops["general"] = dict(counts)
         sources.append(general_parts(answers))
@@ -151,6 +159,7 @@ def write_office(
     agentdojo: int = 0,
     max_tokens: int = 0,
     tell: Callable[[str], Any] = lambda line: None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Write train.jsonl, heldout.jsonl and office.json to `folder`, and return the record in the last of
     them: what the files hold (`describe`), the settings, and `drops`, counts by source or file and by cause.
@@ -163,8 +172,8 @@ def write_office(
     if not model and (general or max_tokens):
         what = "general text is written" if general else "tokens are counted"
         raise ConfigError(f"{what} by a model: give model, such as smollm2")
-    masker = make_masker(model)[0] if model else None
-    parts, drops = make_parts(n, per_kind, seed, model, general, agentdojo, tell)
+    masker = make_masker(model, trust_remote_code=trust_remote_code)[0] if model else None
+    parts, drops = make_parts(n, per_kind, seed, model, general, agentdojo, tell, trust_remote_code)
     about: dict[str, Any] = {}
     for name in parts:
         lengths: list[int] = []
