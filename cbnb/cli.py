@@ -521,6 +521,7 @@ def add_office(commands: Commands) -> None:
     p.add_argument(
         "--max-tokens", type=positive, default=0, metavar="N", help="drop longer rows, by --model's tokenizer"
     )
+    p.add_argument("--trust-remote-code", action="store_true", help=declared_help("trust_remote_code"))
     p.set_defaults(run=run_office)
 
 # %% ../nbs/cli.ipynb #offcli02
@@ -532,7 +533,9 @@ def run_office(args: argparse.Namespace) -> int:
 
     disable_progress_bar()  # of the weights: an error is one line
     if args.model:
-        load_masker(args.model)  # says in one sentence what is wrong with it
+        load_masker(
+            args.model, trust_remote_code=args.trust_remote_code
+        )  # says in one sentence what is wrong with it
     record = write_office(
         args.folder,
         args.transcripts,
@@ -543,6 +546,7 @@ def run_office(args: argparse.Namespace) -> int:
         args.agentdojo,
         args.max_tokens,
         lambda line: say(line, file=sys.stderr),
+        args.trust_remote_code,
     )
     say(*office_lines(record), f"written to: {args.folder}")
     return 0

@@ -154,9 +154,9 @@ def fewer_tools(rng: random.Random, transcript: Transcript, tools: Sequence[dict
     """Return a `transcript` with those of `tools` that it calls, and others up to `n` in all, in any
     order."""
     names = called_names(transcript)
-    needed = [t for t in tools if t["function"]["name"] in names]
+    own = [t for t in tools if t["function"]["name"] in names]
     others = [t for t in tools if t["function"]["name"] not in names]
-    offer = needed + rng.sample(others, min(len(others), max(0, n - len(needed))))
+    offer = own + rng.sample(others, min(len(others), max(0, n - len(own))))
     return replace(transcript, tools=rng.sample(offer, len(offer)))
 
 # %% ../../nbs/agent/08_agentdojo_truth.ipynb #offt0019

@@ -281,8 +281,9 @@ def general_transcripts(
     return rows, drops
 
 # %% ../../nbs/agent/10_general.ipynb #offg0019
-def open_agent(model: str, max_new_tokens: int = 96) -> Agent:
+def open_agent(model: str, max_new_tokens: int = 96, trust_remote_code: bool = False) -> Agent:
     """Return the `Agent` of a `model` as it is (a name, a folder or a hub id), greedy, in float32. Raises as
     `cbnb.step.models.load_model` and `cbnb.run.settings.make_masker`."""
-    masker, _ = make_masker(model)
-    return Agent(load_model(model), masker, derive_reader(masker), Decoding(max_new_tokens=max_new_tokens))
+    masker, _ = make_masker(model, trust_remote_code=trust_remote_code)
+    base = load_model(model, trust_remote_code=trust_remote_code)
+    return Agent(base, masker, derive_reader(masker), Decoding(max_new_tokens=max_new_tokens))

@@ -36,8 +36,8 @@ SHARES = {"plain": 0.25, "question": 0.1, "sensitive": 0.15, "hard_negative": 0.
 Parts = dict[str, list[Transcript]]  # train, and heldout
 
 # %% ../../nbs/agent/11_office_files.ipynb #offf0008
-def office_parts(n: int, held: int, seed: int = 0) -> Parts:
-    """Return `n` office transcripts to train on, by `SHARES`, and `held` held-out ones of each of the
+def office_parts(n: int, per_kind: int, seed: int = 0) -> Parts:
+    """Return `n` office transcripts to train on, by `SHARES`, and `per_kind` held-out ones of each of the
     `OFFICE_KINDS` of the office and of the suite `travel`, which training never sees."""
     counts = {kind: round(share * n) for kind, share in SHARES.items()}
     counts["plain"] += n - sum(counts.values())
@@ -48,7 +48,7 @@ def office_parts(n: int, held: int, seed: int = 0) -> Parts:
             t
             for suite in suites
             for kind in OFFICE_KINDS
-            for t in office_transcripts(kind, held, "eval", seed, suite)
+            for t in office_transcripts(kind, per_kind, "eval", seed, suite)
         ],
     }
 
@@ -120,11 +120,18 @@ def describe(rows: Iterable[Transcript], lengths: list[int]) -> dict[str, Any]:
 
 # %% ../../nbs/agent/11_office_files.ipynb #offf0022
 def make_parts(
-    n: int, held: int, seed: int, model: str, general: bool, agentdojo: int, tell: Callable[[str], Any]
+    n: int,
+    per_kind: int,
+    seed: int,
+    model: str,
+    general: bool,
+    agentdojo: int,
+    tell: Callable[[str], Any],
+    trust_remote_code: bool = False,
 ) -> tuple[Parts, dict[str, dict[str, int]]]:
     """Return all transcripts of `write_office`, whose arguments these are, of any length, and `drops`: counts
     by source and cause."""
-    sources, drops = [office_parts(n, held, seed)], {}
+    sources, drops = [office_parts(n, per_kind, seed)], {}
     if agentdojo:
         runs, counts = truth_transcripts(n=agentdojo, seed=seed, tell=tell)
         more, counts["half held out"] = truth_parts(runs)
@@ -132,7 +139,8 @@ def make_parts(
         sources.append(more)
     if general:
         answers, counts = general_transcripts(
-            open_agent(model), tell=lambda done, of: tell(f"general text: {done} of {of} questions")
+            open_agent(model, trust_remote_code=trust_remote_code),
+            tell=lambda n, total: tell(f"general text: {n} of {total} questions"),
         )
         drops["general"] = dict(counts)
         sources.append(general_parts(answers))
@@ -144,27 +152,28 @@ def make_parts(
 def write_office(
     folder: str | Path,
     n: int = 2000,
-    held: int = 32,
+    per_kind: int = 32,
     seed: int = 0,
     model: str = "",
     general: bool = False,
     agentdojo: int = 0,
     max_tokens: int = 0,
     tell: Callable[[str], Any] = lambda line: None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Write train.jsonl, heldout.jsonl and office.json to `folder`, and return the record in the last of
     them: what the files hold (`describe`), the settings, and `drops`, counts by source or file and by cause.
 
-    `n`, `held`: as of `office_parts`; `general`: with the answers of `model` to plain questions; `agentdojo`:
-    so many obeyed attacks of each suite, and each user task (0: none); `max_tokens`: of a row (0: any
-    number), by the tokenizer of `model`. Each file is written under another name and renamed; nothing is
-    written before all is made. `tell` is called with lines on what is done. Raises ConfigError for what wants
-    a `model`, and without AgentDojo."""
+    `n`, `per_kind`: as of `office_parts`; `general`: with the answers of `model` to plain questions;
+    `agentdojo`: so many obeyed attacks of each suite, and each user task (0: none); `max_tokens`: of a row
+    (0: any number), by the tokenizer of `model`. Each file is written under another name and renamed; nothing
+    is written before all is made. `tell` is called with lines on what is done. Raises ConfigError for what
+    wants a `model`, and without AgentDojo."""
     if not model and (general or max_tokens):
         what = "general text is written" if general else "tokens are counted"
         raise ConfigError(f"{what} by a model: give model, such as smollm2")
-    masker = make_masker(model)[0] if model else None
-    parts, drops = make_parts(n, held, seed, model, general, agentdojo, tell)
+    masker = make_masker(model, trust_remote_code=trust_remote_code)[0] if model else None
+    parts, drops = make_parts(n, per_kind, seed, model, general, agentdojo, tell, trust_remote_code)
     about: dict[str, Any] = {}
     for name in parts:
         lengths: list[int] = []
@@ -172,7 +181,13 @@ def write_office(
             parts[name], lengths, counts = fitting(parts[name], masker, max_tokens)
             drops |= {name: dict(counts)} if counts else {}
         about[name] = describe(parts[name], lengths)
-    settings = {"transcripts": n, "held_out": held, "seed": seed, "model": model, "max_tokens": max_tokens}
+    settings = {
+        "transcripts": n,
+        "held_out": per_kind,
+        "seed": seed,
+        "model": model,
+        "max_tokens": max_tokens,
+    }
     record = {**about, "drops": drops, "settings": settings, "wordings": count_wordings()}
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
