@@ -738,7 +738,7 @@ NEEDED = {
     "spans": ["good.jsonl", "--wrappers"],
     "convert": ["good.jsonl", "new.jsonl"],
     "plan": ["--preset", "tinyagent"],
-    "sft": ["--model", "tinyagent"],
+    "sft": [],
     "preflight": [],
     "train": [],
     "evaluate": ["none", "--eval-data", "good.jsonl", "--model", "tinyagent"],

@@ -216,7 +216,9 @@ def test_a_folder_of_a_presets_shape_has_that_preset(tmp_path):
 def test_a_few_steps_on_a_pretrained_model(monkeypatch, tmp_path):
     "They lower the loss of the rows that they are taken on, and the folder answers as the adapter does."
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(smollm2_cache()))
-    config = agent_config(DEFAULTS | {"total_steps": 4, "warmup_steps": 1, "batch_size": 2, "save_steps": 0})
+    config = agent_config(
+        DEFAULTS | {"model": "smollm2", "total_steps": 4, "warmup_steps": 1, "batch_size": 2, "save_steps": 0}
+    )
     assert config.lora_layers == (0, 29) and config.dtype == "float32"
     masker = ChatMasker(load_tokenizer("smollm2"))
     short = [replace(t, tools=t.tools[:1]) for t in make_transcripts("plain", 2)]
