@@ -23,7 +23,7 @@ from nbdev.doclinks import nbglob
 
 TIMEOUT = 1800  # seconds for all notebooks: nbdev_test has no time limit of its own
 # as long as all others: nbdev_test, by the alphabet, begins them last
-LONG = r"^(05_trainer|01_probe|06_review|preflight|train|add_objective)\.ipynb$"
+LONG = r"^(05_trainer|01_probe|06_review|preflight|agent|train|add_objective)\.ipynb$"
 
 
 def run_nbdev_test(runs, *choice):

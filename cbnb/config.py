@@ -1318,8 +1318,8 @@ AGENT_SETTINGS = {
 AGENT_PARAMETERS = (
     change(
         "model",
-        default="smollm2",
-        meaning="the model to fine-tune: hub id, local folder, or a name",
+        default="tinyagent",
+        meaning="the model to fine-tune: hub id, local folder, tinyagent or smollm2",
         unset="",
     ),
     change("trust_remote_code"),

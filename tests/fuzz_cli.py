@@ -741,7 +741,7 @@ NEEDED = {
     "convert": ["good.jsonl", "new.jsonl"],
     "office": ["new", "--transcripts", "20", "--held-out", "1"],
     "plan": ["--preset", "tinyagent"],
-    "sft": ["--model", "tinyagent"],
+    "sft": [],
     "preflight": [],
     "train": [],
     "evaluate": ["none", "--eval-data", "good.jsonl", "--model", "tinyagent"],

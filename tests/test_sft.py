@@ -169,12 +169,10 @@ def test_several_processes_are_refused():
         check_agent(DEFAULTS | {"model": "tinyagent"}, 2)
 
 
-def failing(tmp_path, data, **values):
+def failing(tmp_path, values):
     "The error of a run that begins and cannot go on, from its status."
     folder = tmp_path / "run"
-    done = papermill(
-        *papermill_words(TINY | data | values | {"run_dir": folder}), notebook=NBS / "agent.ipynb"
-    )
+    done = papermill(*papermill_words(TINY | values | {"run_dir": folder}), notebook=NBS / "agent.ipynb")
     assert done.returncode and not (folder / "model").exists()
     return load(folder / "status.json")["error"]
 
@@ -182,11 +180,11 @@ def failing(tmp_path, data, **values):
 def test_data_of_which_nothing_can_be_learnt(data, tmp_path):
     write_transcripts(tmp_path / "h.jsonl", make_transcripts("injection", 4))
     given = {"data": str(tmp_path / "h.jsonl"), "labels": "benign"}
-    assert "its transcripts are all harmful, and labels is benign" in failing(tmp_path, data, **given)
+    assert "its transcripts are all harmful, and labels is benign" in failing(tmp_path, data | given)
 
 
 def test_a_place_that_cannot_be_made(data, tmp_path):
-    assert "cannot be made" in failing(tmp_path, data, out="/proc/x/y")
+    assert "cannot be made" in failing(tmp_path, data | {"out": "/proc/x/y"})
 
 
 def test_a_template_that_writes_no_calls(data, tmp_path):
@@ -196,7 +194,7 @@ def test_a_template_that_writes_no_calls(data, tmp_path):
     )
     template += f"{{% if add_generation_prompt %}}{turn.format('assistant')}{{% endif %}}"
     (tmp_path / "t.jinja").write_text(template)
-    assert "tool call" in failing(tmp_path, data, chat_template=str(tmp_path / "t.jinja"))
+    assert "tool call" in failing(tmp_path, data | {"chat_template": tmp_path / "t.jinja"})
 
 
 def test_a_folder_of_a_presets_shape_has_that_preset(tmp_path):
@@ -216,7 +214,9 @@ def test_a_folder_of_a_presets_shape_has_that_preset(tmp_path):
 def test_a_few_steps_on_a_pretrained_model(monkeypatch, tmp_path):
     "They lower the loss of the rows that they are taken on, and the folder answers as the adapter does."
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(smollm2_cache()))
-    config = agent_config(DEFAULTS | {"total_steps": 4, "warmup_steps": 1, "batch_size": 2, "save_steps": 0})
+    config = agent_config(
+        DEFAULTS | {"model": "smollm2", "total_steps": 4, "warmup_steps": 1, "batch_size": 2, "save_steps": 0}
+    )
     assert config.lora_layers == (0, 29) and config.dtype == "float32"
     masker = ChatMasker(load_tokenizer("smollm2"))
     short = [replace(t, tools=t.tools[:1]) for t in make_transcripts("plain", 2)]
