@@ -683,10 +683,12 @@ def intervals(config: CircuitBreakerConfig, total_steps: int) -> dict[str, int]:
     }
     return steps | {"warmup_steps": min(steps["warmup_steps"], total_steps - 1)}
 
-# %% ../nbs/config.ipynb #idle0002
+# %% ../nbs/config.ipynb #idle0001
 TWINNED, PREFERRING = ("rr_twin", "rr_twin_adv"), ("dpo", "dpo_adv")  # objectives with a term of that kind
 NOT_RETAINING = ("rr_kl", *PREFERRING)
 NO_RETAIN = f"{', '.join(NOT_RETAINING[:-1])} and {NOT_RETAINING[-1]} have no retain term"
+
+# %% ../nbs/config.ipynb #idle0002
 IDLE: dict[str, tuple[Callable[[CircuitBreakerConfig], object], str]] = {
     "beta_twin": (
         # its default stands in the config.json of every run
