@@ -76,7 +76,7 @@ def heldout_samples(
     transcripts: Sequence[Transcript], masker: ChatMasker, config: CircuitBreakerConfig
 ) -> tuple[dict[str, list[Sample]], list[str]]:
     """Return the held-out rows by kind (`attack` for harmful transcripts), encoded as training encodes them,
-    and sentences on what was dropped and cut."""
+    and sentences on what was dropped and cut. Raises ValueError where nothing is left of any."""
     kinds: dict[str, list[Transcript]] = defaultdict(list)
     for t in transcripts:
         kinds["attack" if t.label == "harmful" else group_of(t)].append(t)
@@ -94,6 +94,10 @@ def heldout_samples(
         except EmptyStream as e:
             report = e.report
         notes += [f"held-out {kind}: {line}" for line in report.losses()]
+    if not samples:
+        raise ValueError(
+            "no held-out transcript has a target, so nothing can be measured: give other eval_data"
+        )
     return samples, notes
 
 # %% ../../nbs/sft/03_figures.ipynb #sft03fn4
