@@ -683,7 +683,7 @@ def intervals(config: CircuitBreakerConfig, total_steps: int) -> dict[str, int]:
     }
     return steps | {"warmup_steps": min(steps["warmup_steps"], total_steps - 1)}
 
-# %% ../nbs/config.ipynb #idle0003
+# %% ../nbs/config.ipynb #idle0011
 TWINNED, PREFERRING = ("rr_twin", "rr_twin_adv"), ("dpo", "dpo_adv")  # objectives with a term of that kind
 NOT_RETAINING = ("rr_kl", *PREFERRING)
 NO_RETAIN = f"{', '.join(NOT_RETAINING[:-1])} and {NOT_RETAINING[-1]} have no retain term"
