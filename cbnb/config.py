@@ -692,17 +692,19 @@ NO_RETAIN = f"{', '.join(NOT_RETAINING[:-1])} and {NOT_RETAINING[-1]} have no re
 IDLE: dict[str, tuple[Callable[[CircuitBreakerConfig], object], str]] = {
     "beta_twin": (
         # its default stands in the config.json of every run
-        lambda c: c.objective in OBJECTIVES and c.objective not in TWINNED and c.beta_twin != 1,
+        lambda c: c.objective in (*OWN_METHODS, *ZOO) and c.objective not in TWINNED and c.beta_twin != 1,
         f"of the objectives by name only {' and '.join(TWINNED)} have a twin term: leave it out, or give "
         "objective rr_twin",
     ),
     "dpo_beta": (
-        lambda c: c.objective in OBJECTIVES and c.objective not in PREFERRING and c.dpo_beta != 0.1,
+        lambda c: c.objective in (*OWN_METHODS, *ZOO) and c.objective not in PREFERRING and c.dpo_beta != 0.1,
         f"of the objectives by name only {' and '.join(PREFERRING)} have a preference term: leave it out, or "
         "give objective dpo",
     ),
     "dpo_logprob": (
-        lambda c: c.objective in OBJECTIVES and c.objective not in PREFERRING and c.dpo_logprob != "sum",
+        lambda c: (
+            c.objective in (*OWN_METHODS, *ZOO) and c.objective not in PREFERRING and c.dpo_logprob != "sum"
+        ),
         f"of the objectives by name only {' and '.join(PREFERRING)} have a preference term: leave it out, or "
         "give objective dpo",
     ),

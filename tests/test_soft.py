@@ -1,12 +1,14 @@
 """The objective rr_twin_adv: a search for soft prompts beside the training, kept, resumed and looked at."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from cbnb.config import ConfigError, get_config
+from cbnb.basics.jsonfiles import write_json
+from cbnb.config import OBJECTIVES, ConfigError, get_config
 from cbnb.data.streams import Sample, Twin
 from cbnb.data.twins import draft_twins, encode_twins
 from cbnb.preflight.plan import plan_lines, plan_step
@@ -19,7 +21,8 @@ from cbnb.preflight.step_checks import (
 )
 from cbnb.report.figures import panels_of
 from cbnb.run.settings import check_processes, run_settings
-from cbnb.step.objectives import COUNTS, dpo_adv, rr_twin_adv, run_terms
+from cbnb.run.stages import Run, read_status
+from cbnb.step.objectives import ALL_NAMES, COUNTS, Objective, dpo_adv, rr_twin_adv, run_terms, term_words
 from cbnb.step.soft import VECTORS
 from cbnb.train import breaker
 from cbnb.train.alarms import aside_words, forces
@@ -189,13 +192,32 @@ def test_both_halves_of_reroute_pull():
     assert aside_words(run_terms("rr_twin_adv")).count("twin KL") == 2
 
 
-def test_the_teacher_passes_the_clean_rows_once_for_both_terms_that_read_them(world, monkeypatch):
-    made, batch, _ = checked(world, CONFIG)
+def test_an_untouched_student_has_no_floor_of_the_soft_preference():
+    """The reference reads rows without the vectors, so that its start is no constant."""
+    assert run_terms("dpo_adv")["soft_preference"].start is None
+    assert run_terms("dpo_adv")["preference"].start == pytest.approx(math.log(2))
+
+
+def test_an_objective_of_ones_own_may_have_every_term(tmp_path, monkeypatch):
+    whole = Objective(
+        "whole", (*rr_twin_adv.terms, *dpo_adv.terms[-2:]), lambda c, c_s, c_r: dict.fromkeys(ALL_NAMES, c_r)
+    )
+    monkeypatch.setitem(OBJECTIVES, "whole", whole)
+    config = get_config("tinyagent", objective="whole", beta_twin=0.3, dpo_beta=0.5)
+    run = Run(tmp_path)
+    write_json(tmp_path / "status.json", {"state": "running", "terms": term_words(config)})
+    assert len(read_status(tmp_path)["terms"]) == len(ALL_NAMES)
+    assert set(run_terms("whole", read_status(run.path)["terms"])) == set(ALL_NAMES)
+
+
+@pytest.mark.parametrize("name, groups", [("rr_twin_adv", ["clean"]), ("dpo_adv", ["injected", "rejected"])])
+def test_the_teacher_passes_the_rows_once_that_two_terms_read(name, groups, monkeypatch):
+    config = replace(CONFIG, objective=name)
+    made, batch, _ = checked(twin_world(config), config)
     passed, once = [], breaker.teacher_pass
     monkeypatch.setattr(breaker, "teacher_pass", lambda *given: passed.append(given[2]) or once(*given))
     counts = torch.full((len(COUNTS),), 4)
-    terms = made(batch["harmful"], batch["benign"], counts, twin=batch["twin"])
-    groups = [batch["twin"]] if isinstance(batch["twin"], dict) else batch["twin"]
-    assert terms["loss_twin"] != terms["loss_soft_twin"] and len(passed) == len(groups)
-    assert all(rows is group["clean"] for rows, group in zip(passed, groups, strict=True))
-    assert not any("teacher" in group["clean"] for group in groups)
+    made(batch["harmful"], batch["benign"], counts, twin=batch["twin"])
+    assert len(passed) == len(groups)
+    assert all(rows is batch["twin"][side] for rows, side in zip(passed, groups, strict=True))
+    assert not any("teacher" in rows for rows in batch["twin"].values())

@@ -338,7 +338,7 @@ def mean_intervals(sums: np.ndarray, counts: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore", divide="ignore"):  # none of the drawn has a kind: left out
         means = np.concatenate([(w @ sums) / (w @ counts) for w in weights])
     out = np.full((2, sums.shape[1]), np.nan)
-    several = (counts > 0).sum(0) > 1
+    several = ((counts > 0).sum(0) > 1) & np.isfinite(sums).all(0)
     out[:, several] = np.nanquantile(means[:, several], (0.025, 0.975), axis=0)
     return out
 

@@ -226,12 +226,13 @@ def token_cells(figures: dict[str, Any], limit: float) -> list[str]:
     "Return the cells of one kind of token in a `token_table`; a KL below `limit` is said to be below it."
     low, high = figures.get("interval") or (None, None)
     between = "" if low is None or high is None else f"{format_number(low, 2)} to {format_number(high, 2)}"
+    agreed = f" ({figures['agreed']:,})" if figures.get("agreed") is not None else ""
     return [
         f"{figures['tokens']:,}",
         told_from(figures.get("kl"), limit),
         between,
         told_from(figures.get("worst"), limit),
-        f"{format_number(figures.get('top1'))} ({figures.get('agreed', 0):,})",
+        f"{format_number(figures.get('top1'))}{agreed}",
     ]
 
 # %% ../../nbs/report/00_figures.ipynb #fig2kinds
@@ -273,20 +274,22 @@ def divergence_tables(
         for domain, kinds in (figures.get("heldout_tokens") or {}).items()
         if kinds.get("all", {}).get("kl", 0) != 0
     ]
-    exact = ("Exact match by kind of question", exact_table(results))
-    return [*tables[:1], exact, *tables[1:]] if tables else []
+    exact = exact_table(results)
+    beside = [("Exact match by kind of question", exact)] if len(exact) else []
+    return [*tables[:1], *beside, *tables[1:]] if tables else []
 
 # %% ../../nbs/report/00_figures.ipynb #fig4kinds
 def divergence_words(results: dict[str, dict[str, Any]]) -> str:
     "Return the sentence above the `divergence_tables` of `results`: how much of the targets is no choice."
-    domains = (kinds for r in results.values() for kinds in (r.get("heldout_tokens") or {}).values())
-    kinds = next(kinds for kinds in domains if "all" in kinds)
+    domains = (pair for r in results.values() for pair in (r.get("heldout_tokens") or {}).items())
+    domain, kinds = next((domain, kinds) for domain, kinds in domains if "all" in kinds)
     rest = sum(kinds.get(name, {"tokens": 0})["tokens"] for name in ("call_syntax", "end"))
-    return (
-        f"{100 * rest / kinds['all']['tokens']:.0f} % of the targets are syntax and ends of turns, where "
-        "little is decided: a mean over all targets hides what was lost. Read it by kind, with the worst 1 % "
-        "of the tokens, and beside exact match."
+    hidden = (
+        f"{100 * rest / kinds['all']['tokens']:.0f} % of the targets {domain.replace('_', ' ')} are syntax "
+        "and ends of turns, where little is decided: a mean over all targets hides what was lost. "
     )
+    advice = "Read it by kind, with the worst 1 % of the tokens, and beside exact match."
+    return visible(hidden * bool(rest) + advice)
 
 # %% ../../nbs/report/00_figures.ipynb #fig5kind
 def divergence_lines(results: dict[str, dict[str, Any]], floor: dict[str, Any] | None = None) -> list[str]:

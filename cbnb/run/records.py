@@ -149,12 +149,13 @@ def maybe(check: ValueCheck) -> ValueCheck:
     return lambda value, where: iter(()) if value is None else check(value, where)
 
 # %% ../../nbs/run/01_records.ipynb #3a222b13
-def each(check: ValueCheck, most: int = 100_000) -> ValueCheck:
-    """Return a check for a list of at most `most` entries that pass `check`."""
+def each(check: ValueCheck, most: int = 100_000, least: int = 0) -> ValueCheck:
+    """Return a check for a list of `least` to `most` entries that pass `check`."""
+    rule = f"a list of {f'at most {most}' if not least else f'{least} to {most}'} entries"
 
     def check_value(value: Any, where: str) -> Iterator[str]:
-        if not isinstance(value, list) or len(value) > most:
-            yield wants(where, f"a list of at most {most} entries", value)
+        if not isinstance(value, list) or not least <= len(value) <= most:
+            yield wants(where, rule, value)
             return
         for i, entry in enumerate(value):
             yield from check(entry, f"{where}[{i}]")
@@ -217,7 +218,7 @@ ALARM = fields(
     "alarm",
 )
 ALARMS, NOTES = each(ALARM, 1000), each(LINE, 10_000)
-WITH_FLOOR = ("reroute", "retain", "kl", "preference", "soft_reroute", "soft_preference")
+WITH_FLOOR = ("reroute", "retain", "kl", "preference", "soft_reroute")
 ROUNDING_FLOOR = fields({"dtype": LABEL} | dict.fromkeys(WITH_FLOOR, number()), "dtype")
 
 # %% ../../nbs/run/01_records.ipynb #e1133c9f
@@ -230,7 +231,7 @@ def floor(value: Any, where: str) -> Iterator[str]:
 SECONDS = number(0, 1e12)
 TERM = fields(
     {
-        "name": one_of(*WITH_FLOOR, "twin", "soft_twin"),
+        "name": one_of(*WITH_FLOOR, "twin", "soft_twin", "soft_preference"),
         "title": LABEL,
         "unit": text(NAME),
         **dict.fromkeys(("low", "high", "start", "constant"), maybe(number())),
@@ -248,7 +249,7 @@ STATUS_FIELDS = {
     "changes": NOTES,
     "alarms": ALARMS,
     "floor": floor,
-    "terms": each(TERM, 7),
+    "terms": each(TERM, 8),
     "job": LABEL,
     "node": LABEL,
     "device": LABEL,
@@ -383,7 +384,7 @@ TOKEN_FIGURES = fields(
         "transcripts": whole_number(1),
         "agreed": whole_number(),
         "top1": maybe(SHARE),
-        "interval": maybe(each(maybe(number()), 2)),
+        "interval": maybe(each(maybe(number()), 2, 2)),
         **dict.fromkeys(("kl", "worst", "p99"), maybe(number())),
     },
     "tokens",

@@ -329,7 +329,7 @@ def dpo_adv_weights(config: CircuitBreakerConfig, c_s: float, c_r: float) -> dic
 SOFT_REROUTE = Term("soft_reroute", "soft reroute", "mean relu(cosine)", 0.0, 1.0, 1.0)
 SOFT_TWIN = Term("soft_twin", "soft twin KL", "nats per token", 0.0)
 rr_twin_adv = Objective("rr_twin_adv", (*rr_twin.terms, SOFT_REROUTE, SOFT_TWIN), rr_twin_adv_weights)
-SOFT_PREFERENCE = Term("soft_preference", "soft preference", "nats per pair", 0.0, None, math.log(2))
+SOFT_PREFERENCE = Term("soft_preference", "soft preference", "nats per pair", 0.0)
 dpo_adv = Objective("dpo_adv", (*dpo.terms, SOFT_PREFERENCE), dpo_adv_weights)
 BUILT_IN = {"rr": rr, "rr_kl": rr_kl, "rr_twin": rr_twin, "rr_twin_adv": rr_twin_adv} | {
     "dpo": dpo,
@@ -417,18 +417,20 @@ def run_terms(objective: str | None = None, words: Any = None) -> dict[str, Term
     `term_words` has put into its status.json. Without usable words: those of a built-in objective, else
     neutral ones without a range."""
     name = str(objective or "rr")
+    short = name.removeprefix("cbnb.step.objectives:").removeprefix("cbnb.step.zoo:")
+    known = built_in_terms(short) if short in (*BUILT_IN, *ZOO) else {}
     try:
         terms = [Term(**w | {"factors": tuple(w["factors"] or ())}) for w in words or ()]
+        for i, term in enumerate(terms):
+            if term.constant is None and term.name in known:  # an earlier version kept none
+                terms[i] = replace(term, constant=known[term.name].constant)
         by_name = {term.name: term for term in terms}
         if has_all_terms([term.name for term in terms]):
-            return {name: by_name[name] for name in ALL_NAMES if name in by_name}
+            return {n: by_name[n] for n in ALL_NAMES if n in by_name}
     except (ConfigError, TypeError, KeyError):
         pass  # edited by hand, or another version's
-    if (short := name.removeprefix("cbnb.step.objectives:").removeprefix("cbnb.step.zoo:")) in (
-        *BUILT_IN,
-        *ZOO,
-    ):
-        return dict(built_in_terms(short))
+    if known:
+        return dict(known)
     unit = f"as {name} has it"
     neutral = {n: Term(n, f"{n} term", unit if len(unit) <= 60 else "") for n in ("reroute", "retain")}
     return neutral | {"kl": KL}

@@ -192,14 +192,13 @@ def terms_of(snapshot: Snapshot) -> dict[str, Term]:
 def factor_text(snapshot: Snapshot, term: Term) -> str:
     """Return what multiplies `term` now, for example `c_r 3 × 0.3`: its coefficient, and the settings and the
     constant that are not 1; an em dash where a run does not say it."""
-    if term.factors is None:
+    if term.factors is None or term.constant is None:
         return "—"
     coefficients = [name for name in term.factors if name in ("c_s", "c_r")]
     parts = [f"{name} {format_number(last_and_change(snapshot.rows, name)[0])}" for name in coefficients]
     settings = [as_float(snapshot.settings.get(name)) for name in term.factors if name not in coefficients]
-    constant = 1.0 if term.factors and term.constant is None else term.constant
-    parts += [f"{value:g}" for value in (*settings, constant or 0.0) if not math.isnan(value) and value != 1]
-    return " × ".join(parts) or "1" if constant else "measured only"
+    parts += [f"{value:g}" for value in (*settings, term.constant) if not math.isnan(value) and value != 1]
+    return " × ".join(parts) or "1" if term.constant else "measured only"
 
 # %% ../../nbs/widgets/04_dashboard.ipynb #3ea4c485
 TERM_COLUMNS = (
