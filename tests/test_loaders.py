@@ -146,6 +146,8 @@ OWN = {  # the tiny agent and the presets' models
     "load_tokenizer(config.model)",
     "model_facts(own)",
     "model_facts(PRESETS[PUBLISHED].model)",
+    "model_facts(PRESETS[name].model)",
+    "model_facts(config.model)",
     "mask_explorer(known_bad(), a='first_header', b='assistant_only', max_length=200, "
     "policies={'chatml_header': chatml_header})",
 }

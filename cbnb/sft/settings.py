@@ -39,8 +39,8 @@ def agent_config(parameters: Mapping[str, Any]) -> CircuitBreakerConfig:
     own = {k: v for k, v in parameters.items() if k in CircuitBreakerConfig.__dataclass_fields__}
     for name in ("labels", "eval_questions", "max_new_tokens"):
         check_limits(name, parameters[name], NOTEBOOK_PARAMETERS["agent"][name].limits)
-    model, remote = parameters["model"], parameters["trust_remote_code"]
-    blocks, steps = model_facts(model, remote).blocks, parameters["total_steps"]
+    trust_remote_code, steps = parameters["trust_remote_code"], parameters["total_steps"]
+    blocks = model_facts(parameters["model"], trust_remote_code).blocks
     layers = convert_items("lora_layers", tuple[int, int], parameters["lora_layers"] or (0, blocks - 1))
     check_limits("lora_layers", layers, {"at_least": 0, "at_most": blocks - 1})
     defaults = {
@@ -53,7 +53,7 @@ def agent_config(parameters: Mapping[str, Any]) -> CircuitBreakerConfig:
         "harmful_policy": POLICY,
     }
     values = defaults | {k: v for k, v in own.items() if v is not None}
-    return settings_of("tinyagent", values, remote)[0]
+    return settings_of("tinyagent", values, trust_remote_code)[0]
 
 # %% ../../nbs/sft/00_settings.ipynb #sft00fn5
 def check_agent(parameters: Mapping[str, Any], processes: int = 1) -> CircuitBreakerConfig:
