@@ -229,7 +229,7 @@ def test_a_few_steps_on_a_pretrained_model(monkeypatch, tmp_path):
     assert 0 <= kl < 0.02
     counts = {"benign": {"samples": 2, "targets": 9}, "notes": []}
     result = {"before": {}, "after": {}, "merge_kl": kl, "data": counts}
-    record = agent_record(config, DEFAULTS, result, "00", "run")
+    record = agent_record(config, DEFAULTS, result, "00", run)
     folder = keep_agent(tmp_path / "merged", tmp_path / "agent", record)
     again = load_model(str(folder), "bfloat16")
     assert again.dtype == torch.bfloat16 and load(folder / "config.json")["dtype"] == "bfloat16"

@@ -31,8 +31,9 @@ __all__ = ['LARGEST_KL', 'UNSAFE', 'merged_model', 'save_agent', 'merge_kl', 'wr
 # %% ../../nbs/sft/04_folder.ipynb #sft04sp1
 from ..report.figures import all_notes, data_notes, readable_table, result_table, results_of
 from ..run.settings import template_of
+from ..run.stages import Run
 from .figures import final_states, row_sums
-from .settings import config_record
+from .settings import check_place, config_record, run_names
 from ..step.heads import find_head
 from ..step.loaders import read_config, read_tokenizer
 from ..step.models import add_adapter, load_model
@@ -80,16 +81,16 @@ def save_agent(
             shutil.copyfile(path, folder / path.name)
 
 # %% ../../nbs/sft/04_folder.ipynb #sft04fn3
-LARGEST_KL = {torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.02}  # nats, by the folder's dtype
+LARGEST_KL = {torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.02}  # nats, by the coarser dtype
 
 
 @torch.no_grad()
 def merge_kl(
     student: PeftModel, model: nn.Module, samples: list[Sample], pad_id: int, dtype: torch.dtype
 ) -> float:
-    """Return KL(adapter ‖ model) in nats over the targets of `samples`, a few rows. `dtype`: that
-    of the weights in the folder. Raises RunError where it is not finite, or above `LARGEST_KL` of that
-    dtype."""
+    """Return KL(adapter ‖ model) in nats over the targets of `samples`, a few rows. `dtype`: the
+    coarser of those of the folder and of the run. Raises RunError where it is not finite, or above
+    `LARGEST_KL` of that dtype."""
     rows = {name: t.to(student.device) for name, t in pad_rows(samples, pad_id).items()}
     ours, theirs = (final_states(side.eval(), rows) for side in (model, student))
     sums = row_sums(rows, ours, find_head(model).logits, theirs, find_head(student).logits).sum(0)
@@ -115,20 +116,21 @@ def write_merged(
     folder.mkdir(mode=0o700)
     save_agent(merged_model(student, config, trust_remote_code), masker, config, trust_remote_code, folder)
     model = load_model(str(folder), config.dtype, student.device, trust_remote_code)
-    dtype: Any = read_config(str(folder), trust_remote_code).dtype or torch.float32
+    own: Any = read_config(str(folder), trust_remote_code).dtype or torch.float32
+    dtype = max(own, getattr(torch, config.dtype), key=LARGEST_KL.__getitem__)
     some = sorted(samples, key=lambda sample: len(sample.input_ids))[:8]
     return model, merge_kl(student, model, some, masker.tokenizer.pad_token_id, dtype)
 
 # %% ../../nbs/sft/04_folder.ipynb #sft04fn5
 def agent_record(
-    config: CircuitBreakerConfig, parameters: dict, result: dict, fingerprint: str, run: str
+    config: CircuitBreakerConfig, parameters: dict, result: dict, fingerprint: str, run: Run
 ) -> dict[str, Any]:
-    """Return what `agent.json` holds: the name of the `run`, the base, settings, data and its `fingerprint`,
-    and the figures of the `result` before and after. Paths are named by their last part."""
+    """Return what `agent.json` holds: the `run_names` of the `run`, the base, settings, data and its
+    `fingerprint`, and the figures of the `result` before and after. Paths are named by their last part."""
     base = local_folder(config.model).name if Path(config.model).exists() else config.model
     data = {name: last_parts(parameters[name]) for name in ("data", "eval_data")}
     return {
-        "run": run,
+        **run_names(run),
         "base": base,
         "version": cbnb.__version__,
         "settings": config_record(config) | {"model": base},
@@ -180,15 +182,19 @@ def agent_card(record: dict[str, Any]) -> str:
 # %% ../../nbs/sft/04_folder.ipynb #sft04fn7
 def keep_agent(draft: Path, place: Path, record: dict[str, Any]) -> Path:
     """Return the folder `place`, whole or not at all: the files of `draft`, which is then gone, with
-    agent.json and the card. One that is there, and whole, stays. Raises NotOwn and OSError as
+    agent.json and the card. One that is there, whole, and of the run of the `record` stays. Raises RunError
+    for one of another run, and then leaves the draft; NotOwn and OSError as
     `cbnb.train.store.keep_folder`."""
+    else_do = f"the model of this run is in {draft}; move one of the two away"
+    names = {key: record[key] for key in ("run", "key")}
 
     def fill(folder: Path) -> None:
-        for path in draft.iterdir():
-            shutil.move(path, folder / path.name)
+        shutil.copytree(draft, folder, dirs_exist_ok=True)  # another run may be first
         write_json(folder / "agent.json", record)
         write_owned(folder / "README.md", agent_card(record).encode())
 
+    check_place(place, names, else_do)
     folder = keep_folder(place.parent, place.name, fill)
-    shutil.rmtree(draft, ignore_errors=True)
+    check_place(place, names, else_do)
+    shutil.rmtree(draft)
     return folder
