@@ -144,6 +144,15 @@ def test_benign_alone_and_a_place_of_its_own(data, whole, tmp_path, monkeypatch,
     assert "is there already, and is not replaced" in capsys.readouterr().err
 
 
+def test_benign_transcripts_alone_are_enough_where_they_alone_are_trained_on(tmp_path, monkeypatch):
+    rows = str(tmp_path / "benign.jsonl")
+    write_transcripts(rows, [t for kind in ("plain", "general") for t in make_transcripts(kind, 10)])
+    given = {"data": rows, "labels": "benign", "out": tmp_path / "agent", "total_steps": 2}
+    assert sft(tmp_path, monkeypatch, **TINY | given) == 0
+    after = load(tmp_path / "agent" / "agent.json")["after"]
+    assert set(after["heldout_ce"]) <= {"plain", "general"} and after["heldout_ce"]
+
+
 @pytest.mark.parametrize(
     "wrong, said",
     [
