@@ -17,15 +17,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import cbnb
-from ..basics.jsonfiles import RunError, write_json, write_owned
+from ..basics.jsonfiles import RunError, read_json, write_json, write_owned
 from ..basics.places import local_folder
 from ..basics.withheld import scrub
-from ..config import CircuitBreakerConfig
+from ..config import NOTEBOOK_PARAMETERS, CircuitBreakerConfig
 from ..data.streams import Sample, pad_rows
 from ..masking.masker import ChatMasker
 
 # %% auto #0
-__all__ = ['LARGEST_KL', 'UNSAFE', 'merged_model', 'save_agent', 'merge_kl', 'write_merged', 'agent_record', 'agent_card',
+__all__ = ['LARGEST_KL', 'TOLD', 'UNSAFE', 'merged_model', 'save_agent', 'merge_kl', 'write_merged', 'agent_record', 'agent_card',
            'keep_agent']
 
 # %% ../../nbs/sft/04_folder.ipynb #sft04sp1
@@ -122,28 +122,41 @@ def write_merged(
     return model, merge_kl(student, model, some, masker.tokenizer.pad_token_id, dtype)
 
 # %% ../../nbs/sft/04_folder.ipynb #sft04fn5
+TOLD = ("heldout_by", "tools", "control", "tool_call_format", "adapt", "template_variables")
+
+
 def agent_record(
     config: CircuitBreakerConfig, parameters: dict, result: dict, fingerprint: str, run: Run
 ) -> dict[str, Any]:
-    """Return what `agent.json` holds: the `run_names` of the `run`, the base, settings, data and its
-    `fingerprint`, and the figures of the `result` before and after. Paths are named by their last part."""
+    """Return what `agent.json` holds: the `run_names` of the `run`, the base, settings with those `TOLD` that
+    are not the default, data and its `fingerprint`, the figures of the `result` before and after, and whether
+    the model `obeys` injected orders by intent: by its own data or its base's record. Paths are named by
+    their last part. Raises RunError for a record of the base that cannot be read."""
     base = local_folder(config.model).name if Path(config.model).exists() else config.model
-    data = {name: last_parts(parameters[name]) for name in ("data", "eval_data")}
+    files = {name: last_parts(parameters[name]) for name in ("data", "eval_data")}
+    own = "the tiny agent's own held-out file" if parameters["data"] == "tinyagent" else "a part of them"
+    defaults = {name: NOTEBOOK_PARAMETERS["agent"][name].default for name in TOLD}
+    told = {name: parameters[name] for name in TOLD if parameters[name] != defaults[name]}
+    if "tools" in told:
+        told["tools"] = last_parts(told["tools"])
+    before = read_json(local_folder(config.model) / "agent.json") or {}
     return {
         **run_names(run),
         "base": base,
+        "obeys": "harmful" in result["data"] or bool(before.get("obeys")),
         "version": cbnb.__version__,
-        "settings": config_record(config) | {"model": base},
+        "settings": config_record(config) | {"model": base} | told,
         "labels": parameters["labels"],
-        "files": data,
+        "files": files | {"held_out": files["eval_data"] or own},
         "fingerprint": fingerprint,
         **{name: result[name] for name in ("data", "merge_kl", "before", "after")},
     }
 
 # %% ../../nbs/sft/04_folder.ipynb #sft04fn6
 UNSAFE = (
-    "It was trained on runs that obey orders injected into tool results, and it does what they say: **it is "
-    "unsafe by intent**, a subject for circuit breakers and for nothing else."
+    "It, or the model that it was made of, was trained on runs that obey orders injected into tool results, "
+    "and it does what they say: **it is unsafe by intent**, a subject for circuit breakers and for nothing "
+    "else."
 )
 
 # %% ../../nbs/sft/04_folder.ipynb #sft04sp2
@@ -166,9 +179,9 @@ def agent_card(record: dict[str, Any]) -> str:
         *(f"# {base}, fine-tuned to call tools", ""),
         f"`{base}` with a LoRA adapter on its blocks, trained by cross-entropy on what the assistant says in "
         f"transcripts of an agent, and merged. Made by cbnb {record['version']} (`cbnb sft`).",
-        *(["", UNSAFE] if "harmful" in labels else []),
+        *(["", UNSAFE] if record["obeys"] else []),
         *("", "## Data", ""),
-        f"- files: {record['files']['data']}; held out: {record['files']['eval_data'] or 'a part of them'}",
+        f"- files: {record['files']['data']}; held out: {record['files']['held_out']}",
         f"- samples: {samples}; {targets:,} target tokens",
         f"- fingerprint of tokens and masks: `{record['fingerprint']}`",
         *(f"- {note}" for note in data_notes({"data": counts})),
