@@ -771,8 +771,8 @@ def run_sft(args: argparse.Namespace) -> int:
         check_agent(whole, world_size())
     place = Path(parameters["out"]).expanduser().absolute() if parameters.get("out") else None
     if place:
-        given = parameters.get("run_dir")  # only a run that goes on finds its own model
-        names = run_names(Run(Path(given).expanduser().resolve())) if given else {"run": ""}
+        own = parameters.get("run_dir")  # only a run that goes on finds its own model
+        names = run_names(Run(Path(own).expanduser().resolve())) if own else {"run": ""}
         check_place(place, names)
     path, status = train(notebook, parameters)
     if (path / "result.json").exists():

@@ -74,7 +74,7 @@ def load_streams(
     eval_files: Iterable = (),
     heldout_by: str = "auto",
     reading: Reading | None = None,
-    needed: Collection[str] = ("harmful", "benign"),
+    labels: Collection[str] = ("harmful", "benign"),
 ) -> tuple[Spooled, Spooled, list[Transcript], dict[str, str]]:
     """Return `(harmful, benign, held out, left out)`: two streams in a temporary file, a list of transcripts,
     and `{id: why}` of those left out of training because they share with a held-out one what `heldout_by`
@@ -82,7 +82,7 @@ def load_streams(
 
     Without `eval_files`, 64 transcripts of each stream (at most a fifth) are held out, the same ones for
     every seed of a run, so that runs can be compared (`cbnb.transcripts.holdout.part`). `reading` as in
-    `read_streams`; `needed`: the streams that are trained on. Raises what these raise, and ValueError where
+    `read_streams`; `labels`: the streams that are trained on. Raises what these raise, and ValueError where
     such a stream loses all it has."""
     reading = reading or Reading()
     kinds, (harmful, benign) = heldout_kinds(heldout_by), read_streams(files, reading)
@@ -90,9 +90,9 @@ def load_streams(
         heldout = [t for stream in read_streams(eval_files, reading) for t in stream]
         split = thin_parts(Parted(harmful, benign, heldout, kinds))
     else:
-        split = part(harmful, benign, heldout_by, needed=needed)
+        split = part(harmful, benign, heldout_by, labels=labels)
     for name, before in (("harmful", harmful), ("benign", benign)):
-        if name in needed and before and not getattr(split, name):
+        if name in labels and before and not getattr(split, name):
             raise ValueError(
                 f"all {len(before)} {name} transcripts share their {' or '.join((*kinds, 'prompt'))} with "
                 "held-out ones, so none is left to train: give other eval_data, or heldout_by prompt"

@@ -25,8 +25,8 @@ from ..data.streams import Sample, pad_rows
 from ..masking.masker import ChatMasker
 
 # %% auto #0
-__all__ = ['LARGEST_KL', 'TOLD', 'UNSAFE', 'merged_model', 'save_agent', 'merge_kl', 'write_merged', 'agent_record', 'agent_card',
-           'keep_agent']
+__all__ = ['LARGEST_KL', 'UNSAFE', 'merged_model', 'save_agent', 'merge_kl', 'write_merged', 'token_settings', 'agent_record',
+           'agent_card', 'keep_agent']
 
 # %% ../../nbs/sft/04_folder.ipynb #sft04sp1
 from ..report.figures import all_notes, data_notes, readable_table, result_table, results_of
@@ -121,31 +121,33 @@ def write_merged(
     some = sorted(samples, key=lambda sample: len(sample.input_ids))[:8]
     return model, merge_kl(student, model, some, masker.tokenizer.pad_token_id, dtype)
 
+# %% ../../nbs/sft/04_folder.ipynb #sft04fn8
+def token_settings(parameters: dict) -> dict[str, Any]:
+    """Return those of the `parameters` that are no settings of the training, decide what is in its rows, and
+    are not the default; `tools` by the last part of its path."""
+    names = ("heldout_by", "tools", "control", "tool_call_format", "adapt", "template_variables")
+    defaults = {name: NOTEBOOK_PARAMETERS["agent"][name].default for name in names}
+    own = {name: parameters[name] for name in names if parameters[name] != defaults[name]}
+    return own | ({"tools": last_parts(own["tools"])} if "tools" in own else {})
+
 # %% ../../nbs/sft/04_folder.ipynb #sft04fn5
-TOLD = ("heldout_by", "tools", "control", "tool_call_format", "adapt", "template_variables")
-
-
 def agent_record(
     config: CircuitBreakerConfig, parameters: dict, result: dict, fingerprint: str, run: Run
 ) -> dict[str, Any]:
-    """Return what `agent.json` holds: the `run_names` of the `run`, the base, settings with those `TOLD` that
-    are not the default, data and its `fingerprint`, the figures of the `result` before and after, and whether
+    """Return what `agent.json` holds: the `run_names` of the `run`, the base, settings with the
+    `token_settings`, data and its `fingerprint`, the figures of the `result` before and after, and whether
     the model `obeys` injected orders by intent: by its own data or its base's record. Paths are named by
     their last part. Raises RunError for a record of the base that cannot be read."""
     base = local_folder(config.model).name if Path(config.model).exists() else config.model
     files = {name: last_parts(parameters[name]) for name in ("data", "eval_data")}
     own = "the tiny agent's own held-out file" if parameters["data"] == "tinyagent" else "a part of them"
-    defaults = {name: NOTEBOOK_PARAMETERS["agent"][name].default for name in TOLD}
-    told = {name: parameters[name] for name in TOLD if parameters[name] != defaults[name]}
-    if "tools" in told:
-        told["tools"] = last_parts(told["tools"])
     before = read_json(local_folder(config.model) / "agent.json") or {}
     return {
         **run_names(run),
         "base": base,
         "obeys": "harmful" in result["data"] or bool(before.get("obeys")),
         "version": cbnb.__version__,
-        "settings": config_record(config) | {"model": base} | told,
+        "settings": config_record(config) | {"model": base} | token_settings(parameters),
         "labels": parameters["labels"],
         "files": files | {"held_out": files["eval_data"] or own},
         "fingerprint": fingerprint,

@@ -39,10 +39,10 @@ class LengthGroups(Dataset):
         """Return the numbers of the samples of an epoch as they are read: what fills up the batch that the
         last epoch has begun, the batches of the pools, and what begins the next epoch's first batch."""
         n, size = len(self.samples), self.size
-        order, begun = self.epoch_order(epoch), epoch * n % size
-        head = min(n, -begun % size)
+        order, offset = self.epoch_order(epoch), epoch * n % size
+        head = min(n, -offset % size)
         tail = (n - head) % size
-        there = set(self.epoch_order(epoch - 1)[-begun:]) if begun else set()
+        there = set(self.epoch_order(epoch - 1)[-offset:]) if offset else set()
         rows, end = sorted(order[: n - tail], key=there.__contains__), order[n - tail :]
         body = []
         for start in range(head, len(rows), POOL * size):

@@ -23,8 +23,8 @@ from cbnb.config import (
 )
 
 # %% auto #0
-__all__ = ['POLICY', 'Stream', 'agent_config', 'check_agent', 'config_record', 'trained_on', 'run_names', 'check_place',
-           'model_place']
+__all__ = ['POLICY', 'MAX_LENGTH', 'Stream', 'agent_config', 'check_agent', 'config_record', 'trained_on', 'run_names',
+           'check_place', 'model_place']
 
 # %% ../../nbs/sft/00_settings.ipynb #sft00sp2
 from ..run.records import read_record
@@ -35,23 +35,27 @@ from ..transcripts.holdout import heldout_kinds
 
 # %% ../../nbs/sft/00_settings.ipynb #sft00fn1
 POLICY = "assistant_only"  # what is learnt of a transcript: all that the assistant says, its calls with it
+MAX_LENGTH = 1024  # tokens per row, where the model takes as many
 
 # %% ../../nbs/sft/00_settings.ipynb #sft00sp1
 def agent_config(parameters: Mapping[str, Any]) -> CircuitBreakerConfig:
     """Return the configuration of a run of agent.ipynb with all its `parameters`: LoRA on all blocks, the
-    `POLICY` for both labels, what is given, and the preset of the model for the rest (dtype and gradient
-    checkpointing). Raises ConfigError, and OSError for a model whose configuration is not there."""
+    `POLICY` for both labels, at most `MAX_LENGTH` tokens in a row, what is given, and the preset of the model
+    for the rest (dtype and gradient checkpointing). Raises ConfigError, and OSError for a model whose
+    configuration is not there."""
     own = {k: v for k, v in parameters.items() if k in CircuitBreakerConfig.__dataclass_fields__}
     for name in ("labels", "eval_questions", "max_new_tokens"):
         check_limits(name, parameters[name], NOTEBOOK_PARAMETERS["agent"][name].limits)
     model, remote = parameters["model"], parameters["trust_remote_code"]
-    blocks, steps = model_facts(model, remote).blocks, parameters["total_steps"]
+    facts, steps = model_facts(model, remote), parameters["total_steps"]
+    blocks = facts.blocks
     layers = convert_items("lora_layers", tuple[int, int], parameters["lora_layers"] or (0, blocks - 1))
     check_limits("lora_layers", layers, {"at_least": 0, "at_most": blocks - 1})
     defaults = {
         "lora_layers": layers,
         "target_layers": layers[1:],  # idle, as all of the breaker's objective
         "hidden_state_mode": "hooks",
+        "max_length": min(MAX_LENGTH, facts.longest or MAX_LENGTH),
         "warmup_steps": min(max(1, steps // 20), steps - 1),
         "diagnose_steps": 0,
         "benign_policy": POLICY,
