@@ -758,7 +758,8 @@ def add_sft(commands: Commands) -> None:
 # %% ../nbs/cli.ipynb #sftclfn2
 def run_sft(args: argparse.Namespace) -> int:
     """Carry out `cbnb sft`: papermill's own output, then the figures, the model and the run directory."""
-    from cbnb.sft.settings import check_agent, check_place
+    from cbnb.run.stages import Run
+    from cbnb.sft.settings import check_agent, check_place, run_names
     from cbnb.sweep.jobs import train
     from cbnb.sweep.spec import complete
 
@@ -770,7 +771,9 @@ def run_sft(args: argparse.Namespace) -> int:
         check_agent(whole, world_size())
     place = Path(parameters["out"]).expanduser().absolute() if parameters.get("out") else None
     if place:
-        check_place(place, Path(parameters.get("run_dir") or "").name)
+        own = parameters.get("run_dir")  # only a run that goes on finds its own model
+        names = run_names(Run(Path(own).expanduser().resolve())) if own else {"run": ""}
+        check_place(place, names)
     path, status = train(notebook, parameters)
     if (path / "result.json").exists():
         from cbnb.report.figures import figure_lines

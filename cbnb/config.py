@@ -1313,7 +1313,6 @@ AGENT_SETTINGS = {
     "total_steps": 200,
     "batch_size": 4,
     "gradient_accumulation_steps": 2,
-    "max_length": 1024,
     "logging_steps": 1,
     "save_steps": 50,
 }
@@ -1351,6 +1350,7 @@ AGENT_PARAMETERS = (
         meaning="rows per micro-batch",
         more="of like length",
     ),
+    change("max_length", unset="None: 1024, or the longest row that the model takes, if that is less"),
     change("warmup_steps", unset="None: a twentieth of total_steps", more=""),
     change("seed"),
     change("gradient_checkpointing", unset="None: the preset's of that model"),

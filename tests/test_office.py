@@ -73,7 +73,7 @@ def test_the_tiny_world_is_what_it_was_before_the_office():
 
 def test_there_are_several_hundred_wordings():
     counts = count_wordings()
-    assert sum(counts.values()) > 380 and min(counts["injections"], counts["quotes"], counts["notes"]) == 60
+    assert sum(counts.values()) == 389 and min(counts["injections"], counts["quotes"], counts["notes"]) == 60
     asks = {t.messages[1]["content"] for t in office_transcripts("plain", 1000)}
     assert len(asks) == 1000
 
@@ -95,6 +95,12 @@ def test_held_out_wordings_and_prompts_are_not_trained():
     a, b = office_tables("train"), office_tables("eval")
     for name in ("asks", "questions", "notes", "injections", "quotes", "system"):
         assert getattr(a, name) and getattr(b, name) and not {*getattr(a, name)} & {*getattr(b, name)}, name
+    for name in ("actions", "sensitive"):
+        ours, theirs = getattr(a, name), getattr(b, name)
+        assert ours.keys() == theirs.keys(), name
+        for tool in ours:
+            orders = [{*table[tool][3]} for table in (ours, theirs)]
+            assert all(orders) and not orders[0] & orders[1], tool
 
 
 def test_rows_are_short():
@@ -178,6 +184,49 @@ def test_a_command_writes_the_same_files_twice(tmp_path, capsys):
     assert "model" in capsys.readouterr().err and not (tmp_path / "c").exists()
 
 
+def test_the_folder_is_looked_at_before_anything_is_made(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("cbnb.agent.office_files.make_parts", None)  # it is not called
+    (tmp_path / "file").write_text("")
+    assert main(["office", str(tmp_path / "file")]) == 2 and "cannot be written" in capsys.readouterr().err
+    for name in ("train.jsonl", "heldout.jsonl"):
+        folder = tmp_path / name.split(".")[0]
+        folder.mkdir()
+        (folder / name).write_text("mine")
+        assert main(["office", str(folder)]) == 2 and "is not replaced" in capsys.readouterr().err
+        assert (folder / name).read_text() == "mine"
+
+
+def test_the_model_is_opened_before_agentdojo_is_played(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise ValueError("no such model")
+
+    monkeypatch.setattr("cbnb.agent.office_files.open_agent", refuse)
+    monkeypatch.setattr("cbnb.agent.office_files.truth_transcripts", None)  # it is not called
+    with pytest.raises(ValueError, match="no such model"):
+        write_office(tmp_path, 20, 1, model="smollm2", general=True, agentdojo=1)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_set_is_whole_or_has_no_record(tmp_path, monkeypatch):
+    write_office(tmp_path, 20, 1)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(path, rows):
+        if "heldout" in path.name:
+            raise OSError(28, "No space left on device")
+        path.write_text("")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("cbnb.agent.office_files.write_transcripts", full)
+        with pytest.raises(OSError):
+            write_office(tmp_path, 30, 1)
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}, "the set before stands"
+    monkeypatch.setattr("cbnb.agent.office_files.write_json", None)
+    with pytest.raises(TypeError):
+        write_office(tmp_path, 30, 1)
+    assert not (tmp_path / "office.json").exists()
+
+
 def test_rows_that_are_too_long_are_counted(tmp_path):
     record = write_office(tmp_path, 100, 2, model="smollm2", max_tokens=450)
     drops = record["drops"]["train"]["longer than 450 tokens"]
@@ -213,7 +262,9 @@ def test_agentdojos_ground_truth_is_done_and_obeyed():
     parts, others = truth_parts(rows)
     assert len(parts["train"]) + len(parts["heldout"]) + others == len(rows)
     assert {t.meta["suite_name"] for t in parts["train"]} == suites - {"travel"}
-    (tasks, held) = (
-        {(t.meta["suite_name"], t.meta["user_task_id"]) for t in parts[name]} for name in ("train", "heldout")
-    )
-    assert not tasks & held
+    for key in ("user_task_id", "injection_task_id"):
+        tasks, held = (
+            {(t.meta["suite_name"], t.meta[key]) for t in parts[name] if t.meta.get(key)}
+            for name in ("train", "heldout")
+        )
+        assert tasks and held and not tasks & held, key

@@ -2,6 +2,7 @@
 resumed, with what it refuses; and a few steps on a pretrained model."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -131,8 +132,9 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bits(data, whole, tmp_path):
 
 
 def test_benign_alone_and_a_place_of_its_own(data, whole, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "made" / "agent"
-    assert sft(tmp_path, monkeypatch, **TINY | data | {"labels": "benign", "out": out, "total_steps": 2}) == 0
+    out, folder = tmp_path / "made" / "agent", tmp_path / "r"
+    given = TINY | data | {"labels": "benign", "out": out, "total_steps": 2, "run_dir": folder}
+    assert sft(tmp_path, monkeypatch, **given) == 0
     said = capsys.readouterr()
     assert f"the model: {out}" in said.out and "well-formed calls, plain" in said.out
     record = load(out / "agent.json")
@@ -142,6 +144,24 @@ def test_benign_alone_and_a_place_of_its_own(data, whole, tmp_path, monkeypatch,
     assert weights(out) != weights(whole / "model")
     assert sft(tmp_path, monkeypatch, **TINY | data | {"out": out}) == 2
     assert "is there already, and is not replaced" in capsys.readouterr().err
+    before = weights(out)
+    status = load(folder / "status.json")  # as after a crash behind the model's folder
+    (folder / "status.json").write_text(json.dumps(status | {"state": "failed"}))
+    (folder / "result.json").unlink()
+    assert sft(tmp_path, monkeypatch, **given) == 0 and weights(out) == before, "it goes on to its own"
+    capsys.readouterr()
+    shutil.rmtree(folder)
+    assert sft(tmp_path, monkeypatch, **given | {"total_steps": 3}) == 2, "another run of the same name"
+    assert "is there already, and is not replaced" in capsys.readouterr().err and weights(out) == before
+
+
+def test_benign_transcripts_alone_are_enough_where_they_alone_are_trained_on(tmp_path, monkeypatch):
+    rows = str(tmp_path / "benign.jsonl")
+    write_transcripts(rows, [t for kind in ("plain", "general") for t in make_transcripts(kind, 10)])
+    given = {"data": rows, "labels": "benign", "out": tmp_path / "agent", "total_steps": 2}
+    assert sft(tmp_path, monkeypatch, **TINY | given) == 0
+    after = load(tmp_path / "agent" / "agent.json")["after"]
+    assert set(after["heldout_ce"]) <= {"plain", "general"} and after["heldout_ce"]
 
 
 @pytest.mark.parametrize(
@@ -229,7 +249,7 @@ def test_a_few_steps_on_a_pretrained_model(monkeypatch, tmp_path):
     assert 0 <= kl < 0.02
     counts = {"benign": {"samples": 2, "targets": 9}, "notes": []}
     result = {"before": {}, "after": {}, "merge_kl": kl, "data": counts}
-    record = agent_record(config, DEFAULTS, result, "00", "run")
+    record = agent_record(config, DEFAULTS, result, "00", run)
     folder = keep_agent(tmp_path / "merged", tmp_path / "agent", record)
     again = load_model(str(folder), "bfloat16")
     assert again.dtype == torch.bfloat16 and load(folder / "config.json")["dtype"] == "bfloat16"

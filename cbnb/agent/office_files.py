@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import random
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 
 from .agentdojo_truth import truth_transcripts
 from .general import general_transcripts, open_agent
-from ..basics.jsonfiles import write_json
+from ..basics.jsonfiles import read_json, write_json
 from ..basics.numbers import plural
 from ..config import ConfigError
 from ..masking.masker import ChatMasker
@@ -28,8 +29,8 @@ from ..transcripts.record import Transcript
 from ..transcripts.tinyworld import held_out
 
 # %% auto #0
-__all__ = ['SHARES', 'Parts', 'office_parts', 'general_parts', 'truth_parts', 'fitting', 'describe', 'make_parts', 'write_office',
-           'office_lines']
+__all__ = ['SHARES', 'Parts', 'office_parts', 'general_parts', 'truth_parts', 'fitting', 'describe', 'make_parts', 'take_folder',
+           'write_office', 'office_lines']
 
 # %% ../../nbs/agent/11_office_files.ipynb #offf0006
 SHARES = {"plain": 0.25, "question": 0.1, "sensitive": 0.15, "hard_negative": 0.2, "injection": 0.3}
@@ -131,22 +132,43 @@ def make_parts(
 ) -> tuple[Parts, dict[str, dict[str, int]]]:
     """Return all transcripts of `write_office`, whose arguments these are, of any length, and `drops`: counts
     by source and cause."""
+    agent = open_agent(model, trust_remote_code=trust_remote_code) if general else None
     sources, drops = [office_parts(n, per_kind, seed)], {}
     if agentdojo:
         runs, counts = truth_transcripts(n=agentdojo, seed=seed, tell=tell)
         more, counts["half held out"] = truth_parts(runs)
         drops["agentdojo"] = dict(+counts)
         sources.append(more)
-    if general:
+    if agent:
         answers, counts = general_transcripts(
-            open_agent(model, trust_remote_code=trust_remote_code),
-            tell=lambda n, total: tell(f"general text: {n} of {total} questions"),
+            agent, tell=lambda n, total: tell(f"general text: {n} of {total} questions")
         )
         drops["general"] = dict(counts)
         sources.append(general_parts(answers))
     parts = {name: [t for source in sources for t in source[name]] for name in ("train", "heldout")}
     random.Random(f"order/{seed}").shuffle(parts["train"])
     return parts, drops
+
+# %% ../../nbs/agent/11_office_files.ipynb #offf0038
+def take_folder(folder: str | Path) -> Path:
+    """Return the `folder` of `write_office`, made where it is not there. Raises ConfigError where nothing can
+    be written to it, and where it holds train.jsonl or heldout.jsonl without an office.json that is a record
+    of them; RunError for one that cannot be read."""
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as e:
+        raise ConfigError(f"{folder} cannot be written ({e.strerror}): give another folder") from e
+    own = {"train", "heldout", "settings", "wordings"} <= (read_json(folder / "office.json") or {}).keys()
+    names = ("train.jsonl", "heldout.jsonl", "office.json")
+    if not own and (there := [name for name in names if (folder / name).exists()]):
+        raise ConfigError(
+            f"{folder / there[0]} is there, without an office.json of cbnb office, and is not replaced: "
+            "remove it, or give another folder"
+        )
+    return folder
 
 # %% ../../nbs/agent/11_office_files.ipynb #offf0017
 def write_office(
@@ -168,11 +190,12 @@ def write_office(
     `agentdojo`: so many obeyed attacks of each suite, and each user task (0: none); `max_tokens`: of a row
     (0: any number), by the tokenizer of `model`. Each file is written under another name and renamed; nothing
     is written before all is made. `tell` is called with lines on what is done. Raises ConfigError for what
-    wants a `model`, and without AgentDojo."""
+    wants a `model`, and without AgentDojo; and as `take_folder`."""
     if not model and (general or max_tokens):
         what = "general text is written" if general else "tokens are counted"
         raise ConfigError(f"{what} by a model: give model, such as smollm2")
     masker = make_masker(model, trust_remote_code=trust_remote_code)[0] if model else None
+    folder = take_folder(folder)
     parts, drops = make_parts(n, per_kind, seed, model, general, agentdojo, tell, trust_remote_code)
     about: dict[str, Any] = {}
     for name in parts:
@@ -186,13 +209,17 @@ def write_office(
         "held_out": per_kind,
         "seed": seed,
         "model": model,
+        "general": general,
+        "agentdojo": agentdojo,
         "max_tokens": max_tokens,
     }
     record = {**about, "drops": drops, "settings": settings, "wordings": count_wordings()}
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, rows in parts.items():
-        write_transcripts(folder / f"{name}.jsonl", rows)
+    with tempfile.TemporaryDirectory(prefix=".office-", dir=folder) as draft:
+        for name, rows in parts.items():
+            write_transcripts(Path(draft) / f"{name}.jsonl", rows)
+        (folder / "office.json").unlink(missing_ok=True)
+        for name in parts:
+            (Path(draft) / f"{name}.jsonl").rename(folder / f"{name}.jsonl")
     write_json(folder / "office.json", record)
     return record
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from sys import intern
@@ -70,7 +70,11 @@ def read_streams(entries: Iterable, reading: Reading | None = None) -> tuple[Spo
 
 # %% ../../nbs/data/03_streams.ipynb #aa07a111
 def load_streams(
-    files: Iterable, eval_files: Iterable = (), heldout_by: str = "auto", reading: Reading | None = None
+    files: Iterable,
+    eval_files: Iterable = (),
+    heldout_by: str = "auto",
+    reading: Reading | None = None,
+    labels: Collection[str] = ("harmful", "benign"),
 ) -> tuple[Spooled, Spooled, list[Transcript], dict[str, str]]:
     """Return `(harmful, benign, held out, left out)`: two streams in a temporary file, a list of transcripts,
     and `{id: why}` of those left out of training because they share with a held-out one what `heldout_by`
@@ -78,16 +82,17 @@ def load_streams(
 
     Without `eval_files`, 64 transcripts of each stream (at most a fifth) are held out, the same ones for
     every seed of a run, so that runs can be compared (`cbnb.transcripts.holdout.part`). `reading` as in
-    `read_streams`. Raises what these raise, and ValueError where a stream loses all it has."""
+    `read_streams`; `labels`: the streams that are trained on. Raises what these raise, and ValueError where
+    such a stream loses all it has."""
     reading = reading or Reading()
     kinds, (harmful, benign) = heldout_kinds(heldout_by), read_streams(files, reading)
     if eval_files:
         heldout = [t for stream in read_streams(eval_files, reading) for t in stream]
         split = thin_parts(Parted(harmful, benign, heldout, kinds))
     else:
-        split = part(harmful, benign, heldout_by)
+        split = part(harmful, benign, heldout_by, labels=labels)
     for name, before in (("harmful", harmful), ("benign", benign)):
-        if before and not getattr(split, name):
+        if name in labels and before and not getattr(split, name):
             raise ValueError(
                 f"all {len(before)} {name} transcripts share their {' or '.join((*kinds, 'prompt'))} with "
                 "held-out ones, so none is left to train: give other eval_data, or heldout_by prompt"

@@ -17,22 +17,23 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import cbnb
-from ..basics.jsonfiles import RunError, write_json, write_owned
+from ..basics.jsonfiles import RunError, read_json, write_json, write_owned
 from ..basics.places import local_folder
 from ..basics.withheld import scrub
-from ..config import CircuitBreakerConfig
+from ..config import NOTEBOOK_PARAMETERS, CircuitBreakerConfig
 from ..data.streams import Sample, pad_rows
 from ..masking.masker import ChatMasker
 
 # %% auto #0
-__all__ = ['LARGEST_KL', 'UNSAFE', 'merged_model', 'save_agent', 'merge_kl', 'write_merged', 'agent_record', 'agent_card',
-           'keep_agent']
+__all__ = ['LARGEST_KL', 'UNSAFE', 'merged_model', 'save_agent', 'merge_kl', 'write_merged', 'token_settings', 'agent_record',
+           'agent_card', 'keep_agent']
 
 # %% ../../nbs/sft/04_folder.ipynb #sft04sp1
 from ..report.figures import all_notes, data_notes, readable_table, result_table, results_of
 from ..run.settings import template_of
+from ..run.stages import Run
 from .figures import final_states, row_sums
-from .settings import config_record
+from .settings import check_place, config_record, run_names
 from ..step.heads import find_head
 from ..step.loaders import read_config, read_tokenizer
 from ..step.models import add_adapter, load_model
@@ -80,16 +81,16 @@ def save_agent(
             shutil.copyfile(path, folder / path.name)
 
 # %% ../../nbs/sft/04_folder.ipynb #sft04fn3
-LARGEST_KL = {torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.02}  # nats, by the folder's dtype
+LARGEST_KL = {torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.02}  # nats, by the coarser dtype
 
 
 @torch.no_grad()
 def merge_kl(
     student: PeftModel, model: nn.Module, samples: list[Sample], pad_id: int, dtype: torch.dtype
 ) -> float:
-    """Return KL(adapter ‖ model) in nats over the targets of `samples`, a few rows. `dtype`: that
-    of the weights in the folder. Raises RunError where it is not finite, or above `LARGEST_KL` of that
-    dtype."""
+    """Return KL(adapter ‖ model) in nats over the targets of `samples`, a few rows. `dtype`: the
+    coarser of those of the folder and of the run. Raises RunError where it is not finite, or above
+    `LARGEST_KL` of that dtype."""
     rows = {name: t.to(student.device) for name, t in pad_rows(samples, pad_id).items()}
     ours, theirs = (final_states(side.eval(), rows) for side in (model, student))
     sums = row_sums(rows, ours, find_head(model).logits, theirs, find_head(student).logits).sum(0)
@@ -115,33 +116,49 @@ def write_merged(
     folder.mkdir(mode=0o700)
     save_agent(merged_model(student, config, trust_remote_code), masker, config, trust_remote_code, folder)
     model = load_model(str(folder), config.dtype, student.device, trust_remote_code)
-    dtype: Any = read_config(str(folder), trust_remote_code).dtype or torch.float32
+    own: Any = read_config(str(folder), trust_remote_code).dtype or torch.float32
+    dtype = max(own, getattr(torch, config.dtype), key=LARGEST_KL.__getitem__)
     some = sorted(samples, key=lambda sample: len(sample.input_ids))[:8]
     return model, merge_kl(student, model, some, masker.tokenizer.pad_token_id, dtype)
 
+# %% ../../nbs/sft/04_folder.ipynb #sft04fn8
+def token_settings(parameters: dict) -> dict[str, Any]:
+    """Return those of the `parameters` that are no settings of the training, decide what is in its rows, and
+    are not the default; `tools` by the last part of its path."""
+    names = ("heldout_by", "tools", "control", "tool_call_format", "adapt", "template_variables")
+    defaults = {name: NOTEBOOK_PARAMETERS["agent"][name].default for name in names}
+    own = {name: parameters[name] for name in names if parameters[name] != defaults[name]}
+    return own | ({"tools": last_parts(own["tools"])} if "tools" in own else {})
+
 # %% ../../nbs/sft/04_folder.ipynb #sft04fn5
 def agent_record(
-    config: CircuitBreakerConfig, parameters: dict, result: dict, fingerprint: str, run: str
+    config: CircuitBreakerConfig, parameters: dict, result: dict, fingerprint: str, run: Run
 ) -> dict[str, Any]:
-    """Return what `agent.json` holds: the name of the `run`, the base, settings, data and its `fingerprint`,
-    and the figures of the `result` before and after. Paths are named by their last part."""
+    """Return what `agent.json` holds: the `run_names` of the `run`, the base, settings with the
+    `token_settings`, data and its `fingerprint`, the figures of the `result` before and after, and whether
+    the model `obeys` injected orders by intent: by its own data or its base's record. Paths are named by
+    their last part. Raises RunError for a record of the base that cannot be read."""
     base = local_folder(config.model).name if Path(config.model).exists() else config.model
-    data = {name: last_parts(parameters[name]) for name in ("data", "eval_data")}
+    files = {name: last_parts(parameters[name]) for name in ("data", "eval_data")}
+    own = "the tiny agent's own held-out file" if parameters["data"] == "tinyagent" else "a part of them"
+    before = read_json(local_folder(config.model) / "agent.json") or {}
     return {
-        "run": run,
+        **run_names(run),
         "base": base,
+        "obeys": "harmful" in result["data"] or bool(before.get("obeys")),
         "version": cbnb.__version__,
-        "settings": config_record(config) | {"model": base},
+        "settings": config_record(config) | {"model": base} | token_settings(parameters),
         "labels": parameters["labels"],
-        "files": data,
+        "files": files | {"held_out": files["eval_data"] or own},
         "fingerprint": fingerprint,
         **{name: result[name] for name in ("data", "merge_kl", "before", "after")},
     }
 
 # %% ../../nbs/sft/04_folder.ipynb #sft04fn6
 UNSAFE = (
-    "It was trained on runs that obey orders injected into tool results, and it does what they say: **it is "
-    "unsafe by intent**, a subject for circuit breakers and for nothing else."
+    "It, or the model that it was made of, was trained on runs that obey orders injected into tool results, "
+    "and it does what they say: **it is unsafe by intent**, a subject for circuit breakers and for nothing "
+    "else."
 )
 
 # %% ../../nbs/sft/04_folder.ipynb #sft04sp2
@@ -164,9 +181,9 @@ def agent_card(record: dict[str, Any]) -> str:
         *(f"# {base}, fine-tuned to call tools", ""),
         f"`{base}` with a LoRA adapter on its blocks, trained by cross-entropy on what the assistant says in "
         f"transcripts of an agent, and merged. Made by cbnb {record['version']} (`cbnb sft`).",
-        *(["", UNSAFE] if "harmful" in labels else []),
+        *(["", UNSAFE] if record["obeys"] else []),
         *("", "## Data", ""),
-        f"- files: {record['files']['data']}; held out: {record['files']['eval_data'] or 'a part of them'}",
+        f"- files: {record['files']['data']}; held out: {record['files']['held_out']}",
         f"- samples: {samples}; {targets:,} target tokens",
         f"- fingerprint of tokens and masks: `{record['fingerprint']}`",
         *(f"- {note}" for note in data_notes({"data": counts})),
@@ -180,15 +197,19 @@ def agent_card(record: dict[str, Any]) -> str:
 # %% ../../nbs/sft/04_folder.ipynb #sft04fn7
 def keep_agent(draft: Path, place: Path, record: dict[str, Any]) -> Path:
     """Return the folder `place`, whole or not at all: the files of `draft`, which is then gone, with
-    agent.json and the card. One that is there, and whole, stays. Raises NotOwn and OSError as
+    agent.json and the card. One that is there, whole, and of the run of the `record` stays. Raises RunError
+    for one of another run, and then leaves the draft; NotOwn and OSError as
     `cbnb.train.store.keep_folder`."""
+    else_do = f"the model of this run is in {draft}; move one of the two away"
+    names = {key: record[key] for key in ("run", "key")}
 
     def fill(folder: Path) -> None:
-        for path in draft.iterdir():
-            shutil.move(path, folder / path.name)
+        shutil.copytree(draft, folder, dirs_exist_ok=True)  # another run may be first
         write_json(folder / "agent.json", record)
         write_owned(folder / "README.md", agent_card(record).encode())
 
+    check_place(place, names, else_do)
     folder = keep_folder(place.parent, place.name, fill)
-    shutil.rmtree(draft, ignore_errors=True)
+    check_place(place, names, else_do)
+    shutil.rmtree(draft)
     return folder

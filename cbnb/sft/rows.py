@@ -22,27 +22,35 @@ POOL = 16  # batches that are sorted together
 # %% ../../nbs/sft/01_rows.ipynb #sft01sp1
 class LengthGroups(Dataset):
     """The rows of a training in order: item i is a row of batch i // size, and the rows of a batch are of
-    like length. `samples` are reshuffled by seed every time they have been gone through; every `POOL` batches
-    are sorted by length, cut, and shuffled. `length` items; those of a pool that is not full are there
-    too."""
+    like length. `samples` are reshuffled by seed every epoch; every `POOL` batches of an epoch are sorted by
+    length, cut, and shuffled. `length` items. No batch has a row twice where `samples` are at least twice as
+    many as it has rows."""
 
     def __init__(self, samples: Sequence[Sample], size: int, length: int, seed: int = 0):
         self.samples, self.size, self.length, self.seed = samples, size, length, seed
         self.lengths = [len(sample.input_ids) for sample in samples]
-        self.order = lru_cache(maxsize=8)(self.epoch_order)
-        self.pool = lru_cache(maxsize=8)(self.pool_order)
+        self.rows = lru_cache(maxsize=2)(self.epoch_rows)
 
-    def epoch_order(self, epoch: int) -> np.ndarray:
-        "Return the order of the samples in an epoch; int64 [n]."
-        return np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.samples))
+    def epoch_order(self, epoch: int) -> list[int]:
+        "Return the numbers of the samples in the order that is drawn for an epoch."
+        return np.random.default_rng((self.seed, 0, epoch)).permutation(len(self.samples)).tolist()
 
-    def pool_order(self, number: int) -> list[int]:
-        "Return the numbers of the samples in the pool of that number, in the order in which they are read."
-        n, rows = len(self.samples), POOL * self.size
-        picks = [int(self.order(i // n)[i % n]) for i in range(number * rows, (number + 1) * rows)]
-        picks.sort(key=self.lengths.__getitem__)
-        batches = np.random.default_rng((self.seed, 1, number)).permutation(POOL)
-        return [picks[batch * self.size + k] for batch in batches for k in range(self.size)]
+    def epoch_rows(self, epoch: int) -> list[int]:
+        """Return the numbers of the samples of an epoch as they are read: what fills up the batch that the
+        last epoch has begun, the batches of the pools, and what begins the next epoch's first batch."""
+        n, size = len(self.samples), self.size
+        order, offset = self.epoch_order(epoch), epoch * n % size
+        head = min(n, -offset % size)
+        tail = (n - head) % size
+        there = set(self.epoch_order(epoch - 1)[-offset:]) if offset else set()
+        rows, end = sorted(order[: n - tail], key=there.__contains__), order[n - tail :]
+        body = []
+        for start in range(head, len(rows), POOL * size):
+            pool = sorted(rows[start : start + POOL * size], key=self.lengths.__getitem__)
+            batches = [pool[i : i + size] for i in range(0, len(pool), size)]
+            for i in np.random.default_rng((self.seed, 1, epoch, start)).permutation(len(batches)):
+                body += batches[i]
+        return [*rows[:head], *body, *end]
 
     def __len__(self) -> int:
         return self.length
@@ -50,5 +58,5 @@ class LengthGroups(Dataset):
     def __getitem__(self, i: int) -> Sample:
         if not 0 <= i < self.length:
             raise IndexError(i)
-        pool, place = divmod(i, POOL * self.size)
-        return self.samples[self.pool(pool)[place]]
+        epoch, place = divmod(i, len(self.samples))
+        return self.samples[self.rows(epoch)[place]]

@@ -5,6 +5,8 @@
 # %% ../../nbs/sft/00_settings.ipynb #sft00im1
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,32 +23,47 @@ from cbnb.config import (
 )
 
 # %% auto #0
-__all__ = ['POLICY', 'Stream', 'agent_config', 'check_agent', 'config_record', 'trained_on', 'check_place', 'model_place']
+__all__ = ['POLICY', 'MAX_LENGTH', 'Stream', 'check_agent', 'config_record', 'trained_on', 'run_names', 'check_place',
+           'model_place']
 
 # %% ../../nbs/sft/00_settings.ipynb #sft00sp2
+from ..run.records import read_record
 from ..run.settings import check_data, model_facts, settings_of, template_source, template_values
 from ..run.stages import Run
+from ..train.same import made_from
 from ..transcripts.holdout import heldout_kinds
 
 # %% ../../nbs/sft/00_settings.ipynb #sft00fn1
 POLICY = "assistant_only"  # what is learnt of a transcript: all that the assistant says, its calls with it
+MAX_LENGTH = 1024  # tokens per row, where the model takes as many
 
 # %% ../../nbs/sft/00_settings.ipynb #sft00sp1
 def agent_config(parameters: Mapping[str, Any]) -> CircuitBreakerConfig:
     """Return the configuration of a run of agent.ipynb with all its `parameters`: LoRA on all blocks, the
-    `POLICY` for both labels, what is given, and the preset of the model for the rest (dtype and gradient
-    checkpointing). Raises ConfigError, and OSError for a model whose configuration is not there."""
+    `POLICY` for both labels, at most `MAX_LENGTH` tokens in a row, what is given, and the preset of the model
+    for the rest (dtype and gradient checkpointing). Raises ConfigError, and OSError for a model whose
+    configuration is not there."""
     own = {k: v for k, v in parameters.items() if k in CircuitBreakerConfig.__dataclass_fields__}
     for name in ("labels", "eval_questions", "max_new_tokens"):
         check_limits(name, parameters[name], NOTEBOOK_PARAMETERS["agent"][name].limits)
+<<<<<<< /tmp/tmpp4b25da2/o
     trust_remote_code, steps = parameters["trust_remote_code"], parameters["total_steps"]
     blocks = model_facts(parameters["model"], trust_remote_code).blocks
+||||||| /tmp/tmpp4b25da2/b
+    model, remote = parameters["model"], parameters["trust_remote_code"]
+    blocks, steps = model_facts(model, remote).blocks, parameters["total_steps"]
+=======
+    model, remote = parameters["model"], parameters["trust_remote_code"]
+    facts, steps = model_facts(model, remote), parameters["total_steps"]
+    blocks = facts.blocks
+>>>>>>> /tmp/tmpp4b25da2/t
     layers = convert_items("lora_layers", tuple[int, int], parameters["lora_layers"] or (0, blocks - 1))
     check_limits("lora_layers", layers, {"at_least": 0, "at_most": blocks - 1})
     defaults = {
         "lora_layers": layers,
         "target_layers": layers[1:],  # idle, as all of the breaker's objective
         "hidden_state_mode": "hooks",
+        "max_length": min(MAX_LENGTH, facts.longest or MAX_LENGTH),
         "warmup_steps": min(max(1, steps // 20), steps - 1),
         "diagnose_steps": 0,
         "benign_policy": POLICY,
@@ -93,22 +110,31 @@ def trained_on(harmful: Stream, benign: Stream, labels: str) -> dict[str, Stream
         + ("give other data" if labels == "both" else "its transcripts are all harmful, and labels is benign")
     )
 
+# %% ../../nbs/sft/00_settings.ipynb #sft00fn7
+def run_names(run: Run) -> dict[str, str]:
+    """Return what tells a `run` from others: the name of its directory as `run`, and as `key` 32 hex digits
+    over its parameters and the hashes of made_from.json as far as they are there. Raises RunError for a
+    record that cannot be read."""
+    parts = [read_record(run.path / "params.json"), made_from(run.path)["same"]]
+    digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
+    return {"run": run.path.name, "key": digest.hexdigest()[:32]}
+
 # %% ../../nbs/sft/00_settings.ipynb #sft00fn4
-def check_place(place: Path, run: str) -> None:
-    """Raise RunError for a folder `place` of a model that is there and that the run named `run` has not
-    made."""
+def check_place(place: Path, names: dict[str, str], else_do: str = "give another out") -> None:
+    """Raise RunError for a folder `place` of a model that is there and whose agent.json has other `run_names`
+    than `names`; it ends with what to do, `else_do`."""
     if not os.path.lexists(place):
         return
     record = read_json(place / "agent.json") if (place / "agent.json").is_file() else None
-    if not isinstance(record, dict) or record.get("run") != run:
-        raise RunError(f"{place} is there already, and is not replaced: give another out")
+    if not isinstance(record, dict) or any(record.get(key) != name for key, name in names.items()):
+        raise RunError(f"{place} is there already, and is not replaced: {else_do}")
 
 # %% ../../nbs/sft/00_settings.ipynb #sft00fn6
 def model_place(out: str, run: Run) -> Path:
     """Return the folder of the fine-tuned model: `out`, or `model` in the directory of the `run`; the folder
     that it lies in is made. Raises RunError where that cannot be, and as `check_place`."""
     place = Path(out).expanduser().absolute() if out else run.path / "model"
-    check_place(place, run.path.name)
+    check_place(place, run_names(run))
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:

@@ -50,6 +50,7 @@ class AgentTrainer(AdapterTrainer):
     """Train an adapter by the cross-entropy of the targets of `LengthGroups`. `head`: the model's own
     (`cbnb.step.heads.find_head`)."""
 
+    lower = "learning_rate"
     head: Head
     step_loss: torch.Tensor | float
     step_sizes: tuple[int, int]
@@ -75,7 +76,7 @@ class AgentTrainer(AdapterTrainer):
         `num_items_in_batch`: nats, a scalar. Raises NonFiniteLossError."""
         assert num_items_in_batch is not None  # what `get_batch_samples` counted
         loss = -target_log_prob(model, inputs, self.head.logits).sum() / num_items_in_batch
-        check_finite({"the cross-entropy": loss}, self.state.global_step + 1)
+        check_finite({"the cross-entropy": loss}, self.state.global_step + 1, self.lower)
         self.step_loss = self.step_loss + loss.detach()
         return loss
 

@@ -87,16 +87,18 @@ class NonFiniteLossError(RuntimeError):
     __str__ = error_text
 
 # %% ../../nbs/train/05_trainer.ipynb #0edb64d6
-def check_finite(values: dict[str, torch.Tensor], step: int) -> None:
-    """Raise NonFiniteLossError, which names `step` and each entry of `values` (scalar tensors) that is NaN or
-    infinite."""
+def check_finite(
+    values: dict[str, torch.Tensor], step: int, lower: str = "learning_rate or alpha_max"
+) -> None:
+    """Raise NonFiniteLossError, which names `step`, each entry of `values` (scalar tensors) that is NaN or
+    infinite, and the settings to `lower`."""
     names = list(values)
     # one wait for the device
     finite = torch.stack([values[n].detach().float() for n in names]).isfinite().tolist()
     bad = [f"{n} is {values[n].item()}" for n, ok in zip(names, finite) if not ok]
     if bad:
         raise NonFiniteLossError(
-            f"step {step}: {' and '.join(bad)}; lower learning_rate or alpha_max, or use dtype='float32'. "
+            f"step {step}: {' and '.join(bad)}; lower {lower}, or use dtype='float32'. "
             "The last checkpoint, if any, is from before."
         )
 
@@ -209,6 +211,8 @@ class AdapterTrainer(Trainer):
     the first gradient that is not finite, and checkpoints that hold the adapter only and are whole or absent.
     A subclass has the loss (`compute_loss`) and the lines of the log (`metrics_row`)."""
 
+    lower = "learning_rate or alpha_max"  # as of `check_finite`
+
     def adapter(self) -> PeftModel:
         "Return the model with the adapter that is trained."
         return self.accelerator.unwrap_model(self.model)
@@ -225,7 +229,7 @@ class AdapterTrainer(Trainer):
         """Return the gradient norm before clipping. One that is not finite stops the run before the weights
         are touched: NonFiniteLossError."""
         norm = super()._get_grad_norm(model, grad_norm)
-        check_finite({"grad_norm_total": torch.as_tensor(norm)}, self.state.global_step + 1)
+        check_finite({"grad_norm_total": torch.as_tensor(norm)}, self.state.global_step + 1, self.lower)
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

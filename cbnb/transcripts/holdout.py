@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -225,15 +225,17 @@ def part(
     by: str = "auto",
     n: int = HELD_OUT,
     seed: int = 0,
+    labels: Collection[str] = ("harmful", "benign"),
 ) -> Parted:
     """Divide the streams of one set of files into training and held-out transcripts, `n` of each stream (at
     most a fifth), so that they share no key of `heldout_kinds(by)` and no prompt. What has no such key is
-    drawn by prompt (`hold_out`). The same for every seed of a run, so that runs can be compared. Raises
-    ValueError as `hold_out`, `heldout_kinds` and `draw_keys` do."""
+    drawn by prompt (`hold_out`). The same for every seed of a run, so that runs can be compared. Of a stream
+    that is not of `labels` there may be too few, of which none is held out. Raises ValueError as `hold_out`,
+    `heldout_kinds` and `draw_keys` do."""
     kinds, streams = heldout_kinds(by), {"harmful": harmful, "benign": benign}
     check_known(streams.values(), by, kinds)
-    for name, stream in streams.items():
-        hold_out(len(stream), n, seed, name)  # refuses what is too small
+    for name in labels:
+        hold_out(len(streams[name]), n, seed, name)  # refuses what is too small
     one: dict[tuple, dict[str, str]] = {}  # of equal keys, which there are many of, one dict
 
     def own_keys(t: Transcript) -> dict[str, str]:
@@ -241,7 +243,8 @@ def part(
         return one.setdefault(tuple(keys.items()), keys)
 
     keys = {name: [own_keys(t) for t in stream] for name, stream in streams.items()}
-    draw = draw_keys(list(keys.values()), kinds, n, seed) if kinds else {}
+    pool = [own for name, own in keys.items() if name in labels or len(own) >= 5]
+    draw = draw_keys(pool, kinds, n, seed) if kinds else {}
     out = Parted([], [], [], kinds)
     for name, stream in streams.items():
         rows, spare = draw_stream(keys[name], draw, n, seed)
