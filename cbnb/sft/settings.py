@@ -23,8 +23,8 @@ from cbnb.config import (
 )
 
 # %% auto #0
-__all__ = ['POLICY', 'MAX_LENGTH', 'Stream', 'check_agent', 'config_record', 'trained_on', 'run_names', 'check_place',
-           'model_place']
+__all__ = ['POLICY', 'MAX_LENGTH', 'Stream', 'agent_config', 'check_agent', 'config_record', 'trained_on', 'run_names',
+           'check_place', 'model_place']
 
 # %% ../../nbs/sft/00_settings.ipynb #sft00sp2
 from ..run.records import read_record
@@ -46,17 +46,9 @@ def agent_config(parameters: Mapping[str, Any]) -> CircuitBreakerConfig:
     own = {k: v for k, v in parameters.items() if k in CircuitBreakerConfig.__dataclass_fields__}
     for name in ("labels", "eval_questions", "max_new_tokens"):
         check_limits(name, parameters[name], NOTEBOOK_PARAMETERS["agent"][name].limits)
-<<<<<<< /tmp/tmpp4b25da2/o
     trust_remote_code, steps = parameters["trust_remote_code"], parameters["total_steps"]
-    blocks = model_facts(parameters["model"], trust_remote_code).blocks
-||||||| /tmp/tmpp4b25da2/b
-    model, remote = parameters["model"], parameters["trust_remote_code"]
-    blocks, steps = model_facts(model, remote).blocks, parameters["total_steps"]
-=======
-    model, remote = parameters["model"], parameters["trust_remote_code"]
-    facts, steps = model_facts(model, remote), parameters["total_steps"]
+    facts = model_facts(parameters["model"], trust_remote_code)
     blocks = facts.blocks
->>>>>>> /tmp/tmpp4b25da2/t
     layers = convert_items("lora_layers", tuple[int, int], parameters["lora_layers"] or (0, blocks - 1))
     check_limits("lora_layers", layers, {"at_least": 0, "at_most": blocks - 1})
     defaults = {
