@@ -27,6 +27,7 @@ WRITERS = {
     "basics.files": {"new_file", "append_bytes"},
     "sweep.launch": {"start"},
     "sweep.gguf": {"save_weights", "convert_gguf", "make_smollm2"},
+    "sft.folder": {"save_agent", "keep_agent"},
     "basics.lease": {"make_new"},
     "step.models": {"write_adapter"},
     "train.teacher_cache": {"ShardWriter"},
