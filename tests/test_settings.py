@@ -10,6 +10,7 @@ import pytest
 
 from cbnb.basics.jsonfiles import RunError
 from cbnb.config import ConfigError, get_config
+from cbnb.run.settings import run_settings
 from forked import cells
 from forked import command as cbnb
 from helpers import NBS
@@ -427,3 +428,9 @@ def test_what_a_teacher_cache_cannot_hold_is_refused_before_anything_is_loaded(t
         )
         assert done.returncode == 1 and words in done.stdout.strip().splitlines()[-1], done.stdout[-2000:]
         assert not (tmp_path / "runs").exists() and not (tmp_path / "cache").exists()
+
+
+def test_an_unknown_preset_is_told_whatever_the_model():
+    for more in ({}, {"model": "smollm2"}):
+        with pytest.raises(ConfigError, match="unknown preset 'tinyagnt' .did you mean 'tinyagent'"):
+            run_settings({"preset": "tinyagnt", **more})

@@ -184,6 +184,8 @@ def preset_for(preset: str, model: str | None, trust_remote_code: bool = False) 
     preset's): one of the tiny agent, such as the notebooks' default, gives way to the one that names `model`,
     to the first whose model has the shape of `model`, and to `PUBLISHED` for any other. Raises OSError where
     a configuration that it takes to know is not there."""
+    if preset not in PRESETS:
+        return preset  # which there are, `get_config` says
     own = PRESETS[preset].model
     if own != "tinyagent" or model is None or model == own:
         return preset
