@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 import cbnb
 from ..basics.jsonfiles import RunError, read_json, write_json, write_owned
 from ..basics.places import local_folder
+from ..basics.reading import read_text
 from ..basics.withheld import scrub
 from ..config import NOTEBOOK_PARAMETERS, CircuitBreakerConfig
 from ..data.streams import Sample, pad_rows
@@ -72,7 +73,7 @@ def save_agent(
     tokenizer = read_tokenizer(config.model, trust_remote_code)
     tokenizer.save_pretrained(folder)
     own, template = folder / "chat_template.jinja", template_of(masker)
-    if not own.exists() or own.read_text(encoding="utf-8") != template:
+    if not own.exists() or read_text(own) != template:
         if own.exists():
             own.rename(folder / "chat_template_original.jinja")
         own.write_text(template, encoding="utf-8")
