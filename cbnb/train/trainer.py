@@ -212,14 +212,12 @@ class AdapterTrainer(Trainer):
     A subclass has the loss (`compute_loss`) and the lines of the log (`metrics_row`)."""
 
     lower = "learning_rate or alpha_max"  # as of `check_finite`
+    # Trainer's own figures of the step that has just ended → its line of metrics.jsonl
+    metrics_row: Callable[[dict[str, float]], dict[str, Any]]
 
     def adapter(self) -> PeftModel:
         "Return the model with the adapter that is trained."
         return self.accelerator.unwrap_model(self.model)
-
-    def metrics_row(self, logs: dict[str, float]) -> dict[str, Any]:
-        "Return the line of metrics.jsonl of the step that has just ended; `logs` are Trainer's own figures."
-        raise NotImplementedError
 
     def _get_train_sampler(self, train_dataset=None):
         # they are already shuffled, by index
