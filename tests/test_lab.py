@@ -15,6 +15,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from playwright.sync_api import expect
 
 from cbnb.step.models import save_adapter
 from cbnb.transcripts.reader import write_transcripts
@@ -169,14 +170,15 @@ def test_actions_are_read_down_to_their_tokens_and_hidden_states(lab, acted, tmp
     view.locator(".an-hit.an-now, .an-hit").first.wait_for()
     assert 0 < rows.count() < 20 and "<img src=x onerror=alert(1)>" in view.locator(".an-about").inner_text()
     keys.press("Escape")
-    keys.press("Home")
-    for n in (1, 2):
-        first = title.inner_text()
-        keys.press("ArrowDown")
-        nb.page.wait_for_function("t => document.querySelector('.an-about h2').innerText !== t", arg=first)
+    ids = nb.execute("print(*[c['id'] for c in explorer.box.list.data['cases']])").split()
+    view.locator(".an-list").focus()
+    for n, key in enumerate(("Home", "ArrowDown", "ArrowDown")):
+        keys.press(key)
+        expect(title).to_have_text(ids[n], timeout=30_000)
         nb.wait_idle()
         assert nb.execute("print(explorer.box.list.place)").strip() == str(n), "what Python knows of it"
     keys.press("ArrowUp")
+    expect(title).to_have_text(ids[1], timeout=30_000)
     nb.wait_idle()
     assert "\\u202egnol" in view.inner_text() and view.locator(".an-injected").count() > 0
     assert len(nb.cells()) == 7, "a key of the reader reached the notebook"
