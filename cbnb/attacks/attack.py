@@ -14,7 +14,7 @@ from typing import Any
 from peft import PeftModel
 
 from .asking import Measure, Victim, curve, step_key, victim_now
-from .control import attack_verdict, no_attack, plant_control
+from .control import attack_verdict, broke, no_attack, plant_control
 from .forge import forge_tries, many_tries, words_attack
 from .gcg import STEP_BACKWARD, STEP_FORWARD, gcg_attack
 from .prefill import prefill_attack
@@ -29,9 +29,9 @@ from ..data.streams import load_streams, read_streams
 
 # %% auto #0
 __all__ = ['ATTACKS', 'DEFAULT_ATTACKS', 'named_attacks', 'passes_at_least', 'check_budget', 'carry_out', 'point_words',
-           'attack_student', 'attack_questions', 'training_file', 'training_stream', 'training_questions', 'two_parts',
-           'attack_parts', 'check_heldout', 'check_attack', 'merge_attacks', 'write_findings', 'attack_run',
-           'attack_adapters']
+           'needed_points', 'attack_student', 'attack_questions', 'training_file', 'training_stream',
+           'training_questions', 'two_parts', 'attack_parts', 'check_heldout', 'check_attack', 'merge_attacks',
+           'write_findings', 'attack_run', 'attack_adapters']
 
 # %% ../../nbs/attacks/08_attack.ipynb #695a6bcf
 from cbnb.evaluate.adapters import (
@@ -132,6 +132,25 @@ def point_words(name: str, who: str, point: dict[str, Any]) -> str:
     success = interval_words(*point["counts"]["attack_success"])
     return f"{name} on {who}, {point['at']}, {passes:,} passes: {success}"
 
+# %% ../../nbs/attacks/08_attack.ipynb #nded0pts
+def needed_points(
+    measures: Iterator[Measure],
+    name: str,
+    who: str,
+    counting: list[str] | None,
+    tell: Callable[[str], None] = lambda line: None,
+) -> Iterator[dict[str, Any]]:
+    """Yield the points of the attack `name` on `who`, over the questions `counting` (None: all), and `tell`
+    each: of the breaker all of them; of another victim up to the first that broke it
+    (`cbnb.attacks.control.broke`), since an attack that broke it at a part of the budget does so at all of
+    it."""
+    for measure in measures:
+        (point,) = curve([measure], counting)
+        tell(point_words(name, who, point))
+        yield point
+        if who != "breaker" and broke([point]):
+            return
+
 # %% ../../nbs/attacks/08_attack.ipynb #810efa6a
 def attack_student(
     student: PeftModel,
@@ -148,8 +167,8 @@ def attack_student(
 ) -> dict[str, Any]:
     """Return the result of the attacks `names` on `student` at `budget` passes each, found on the items
     `train` and measured on `items`: `control` (its scale, and how many items it resists), by attack its
-    `points` of base, control and breaker, and its verdict (`cbnb.attacks.control.attack_verdict`), and a
-    `key` over model, adapter, items, decoding and seed.
+    `points` of base, control and breaker (`needed_points`), and its verdict
+    (`cbnb.attacks.control.attack_verdict`), and a `key` over model, adapter, items, decoding and seed.
 
     `maskers`: the one of training, and one that lets the control tokens of tools through. With a `folder`
     answers and steps are kept there, and attacks that were interrupted go on. `tell` gets a line per point.
@@ -171,13 +190,10 @@ def attack_student(
         for who, (scale, counting) in victims.items():
             with scaled(student, scale):
                 victim = meet(who)
-                measures = [no_attack(victim, items)]
-                for measure in carry_out(name, victim, lenient, train, items, budget, seed):
-                    measures.append(measure)
-                    tell(point_words(name, who, curve([measure], counting)[0]))
-            points[who] = curve(measures, counting)
-        own = {"what": ATTACKS[name], "budget": budget, "points": points}
-        attacks[name] = own | attack_verdict(points)
+                measures = carry_out(name, victim, lenient, train, items, budget, seed)
+                own = curve([no_attack(victim, items)], counting)
+                points[who] = own + list(needed_points(measures, name, who, counting, tell))
+        attacks[name] = {"what": ATTACKS[name], "budget": budget, "points": points} | attack_verdict(points)
     settings = {"decoding": dataclasses.asdict(decoding), "seed": seed, "optimised_on": len(train)}
     return {
         "key": step_key(meet("breaker"), settings, [*train, *items]),
