@@ -36,6 +36,7 @@ from cbnb.train.trainer import (
     LogWhatCounts,
     MetricsLog,
     Progress,
+    ReleaseMemory,
     StopFile,
     check_finite,
     mark_trained,
@@ -133,7 +134,7 @@ def train_agent(
     False when the stop file or an interrupt ended the run. Log, checkpoints, resumption and errors are those
     of `cbnb.train.trainer.train_breaker`."""
     stop, progress = StopFile(run), Progress(kernel() is not None, agent_line)
-    callbacks = [LogWhatCounts(), MetricsLog(run), stop, progress, *callbacks]
+    callbacks = [LogWhatCounts(), MetricsLog(run), stop, progress, ReleaseMemory(), *callbacks]
     trainer = agent_trainer(student, samples, config, run.path / "checkpoints", pad_id, callbacks)
     checkpoint = from_first(lambda: resume_point(run))
     mark_trained(student, checkpoint)

@@ -5,6 +5,7 @@
 # %% ../../nbs/train/05_trainer.ipynb #0c298ff7
 from __future__ import annotations
 
+import ctypes
 import errno
 import itertools
 import json
@@ -25,13 +26,13 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 # %% auto #0
-__all__ = ['UNFINISHED', 'KEEP', 'SEARCHES', 'term_names', 'term_weights', 'NonFiniteLossError', 'check_finite', 'term_gradients',
-           'gradient_report', 'checkpoints', 'keep_newest', 'finish_checkpoint', 'disk_is_full', 'load_adapter_weights',
-           'BreakerArguments', 'breaker_settings', 'AdapterTrainer', 'CircuitBreakerTrainer', 'is_metrics',
-           'MetricsLog', 'LogWhatCounts', 'StopFile', 'Progress', 'LiveView', 'progress_line', 'show_line',
-           'stop_on_interrupt', 'log_of', 'missing_lines', 'tell_lost_lines', 'mend_log', 'last_checkpoint',
-           'set_aside_damaged', 'resume_point', 'check_trackers', 'training_arguments', 'breaker_trainer',
-           'measure_floor', 'mark_trained', 'record_training', 'train_breaker']
+__all__ = ['UNFINISHED', 'KEEP', 'SEARCHES', 'RELEASE_STEPS', 'term_names', 'term_weights', 'NonFiniteLossError', 'check_finite',
+           'term_gradients', 'gradient_report', 'checkpoints', 'keep_newest', 'finish_checkpoint', 'disk_is_full',
+           'load_adapter_weights', 'BreakerArguments', 'breaker_settings', 'AdapterTrainer', 'CircuitBreakerTrainer',
+           'is_metrics', 'MetricsLog', 'LogWhatCounts', 'release_memory', 'ReleaseMemory', 'StopFile', 'Progress',
+           'LiveView', 'progress_line', 'show_line', 'stop_on_interrupt', 'log_of', 'missing_lines', 'tell_lost_lines',
+           'mend_log', 'last_checkpoint', 'set_aside_damaged', 'resume_point', 'check_trackers', 'training_arguments',
+           'breaker_trainer', 'measure_floor', 'mark_trained', 'record_training', 'train_breaker']
 
 # %% ../../nbs/train/05_trainer.ipynb #253d94ac
 import torch
@@ -453,6 +454,26 @@ class LogWhatCounts(TrainerCallback):
         if last:
             control.should_save = True
 
+# %% ../../nbs/train/05_trainer.ipynb #frmem1fn
+def release_memory() -> None:
+    """Give the operating system back what the C library holds of freed memory (glibc's `malloc_trim`); with
+    another C library do nothing."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+# %% ../../nbs/train/05_trainer.ipynb #frmem2cl
+RELEASE_STEPS = 10
+
+
+class ReleaseMemory(TrainerCallback):
+    "Call `release_memory` after each `RELEASE_STEPS`-th step."
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step % RELEASE_STEPS == 0:
+            release_memory()
+
 # %% ../../nbs/train/05_trainer.ipynb #aaabd11f
 class StopFile(TrainerCallback):
     """End training with a checkpoint, after the step in which the run's file `stop` appears to any of its
@@ -851,7 +872,7 @@ def train_breaker(
     objective, stop = find_objective(config.objective), StopFile(run)
     progress = Progress(in_cell, partial(progress_line, objective=objective))  # and the floor, once measured
     log = LogWhatCounts(config.diagnose_steps), MetricsLog(run, term_words(config))
-    callbacks = [*log, stop, progress, *callbacks]
+    callbacks = [*log, stop, progress, ReleaseMemory(), *callbacks]
     folder = run.path / "checkpoints"
     streams = harmful, benign
     trainer = breaker_trainer(student, *streams, config, folder, pad_id, teacher, callbacks, cache, twins)
