@@ -90,7 +90,7 @@ def test_a_run_leaves_a_model_that_stands_where_a_model_can(whole, capsys, monke
         figures = result[name]
         assert set(figures["heldout_ce"]) == {"attack", "plain", "general"} == set(figures["n"])
         assert figures["counts"]["well_formed"].keys() == {"attack", "plain"}
-        assert figures["intervals"]["heldout_ce plain"]["rows"] == 8
+        assert figures["intervals"]["heldout_ce plain"]["transcripts"] == 8
     assert "heldout_kl" not in result["before"] and result["after"]["heldout_kl"]["general"] > 0
     record = load(model / "agent.json")
     assert (

@@ -158,12 +158,10 @@ def interval_words(hits: int, n: int, attempts: int = 1) -> str:
 
 # %% ../../nbs/report/00_figures.ipynb #mnwords1
 def mean_words(ends: dict[str, Any]) -> str:
-    """Return how many `rows` and `tokens` stand behind a mean over tokens, with its 95 % interval from `low`
-    to `high` (None: there is none) where it has one, for example `12 rows, 0.21 to 0.34`."""
-    rows = plural(ends["rows"], "row")
-    if ends.get("low") is None:
-        return rows
-    return f"{rows}, {format_number(ends['low'], 2)} to {format_number(ends['high'], 2)}"
+    """Return how many `transcripts` stand behind a mean over tokens, with its 95 % `interval` (None: there is
+    none) where it has one, for example `12 transcripts, 0.21 to 0.34`."""
+    number, pair = plural(ends["transcripts"], "transcript"), ends.get("interval")
+    return number if pair is None else f"{number}, {' to '.join(format_number(end, 2) for end in pair)}"
 
 # %% ../../nbs/report/00_figures.ipynb #09f1df6b
 def flat_figures(result: dict[str, Any]) -> dict[str, Any]:
@@ -184,7 +182,8 @@ def figures_table(results: dict[str, dict[str, Any]]) -> pd.DataFrame:
     for name, result in reversed(results.items()):
         attempts, counts = result.get("decoding", {}).get("samples", 1), rate_counts(result)
         words = {row: interval_words(hits, of, attempts) for row, (hits, of) in counts.items()}
-        words |= {row: mean_words(ends) for row, ends in result.get("intervals", {}).items()}
+        intervals = result.get("intervals", {}).items()  # those of an older version were over rows
+        words |= {row: mean_words(ends) for row, ends in intervals if "transcripts" in ends}
         table.insert(
             table.columns.get_loc(name) + 1,
             f"{name}, 95 %",
