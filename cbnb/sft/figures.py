@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ from ..evaluate.scores import group_of, pick_questions, share, without_question
 from ..evaluate.token_kinds import kind_figures, mean_intervals, token_kinds
 
 # %% auto #0
-__all__ = ['call_figures', 'agent_answers', 'heldout_samples', 'final_states', 'target_values', 'heldout_targets',
-           'interval_figures', 'domains_of', 'heldout_figures']
+__all__ = ['call_figures', 'suite_figures', 'agent_answers', 'heldout_samples', 'final_states', 'target_values',
+           'heldout_targets', 'interval_figures', 'domains_of', 'heldout_figures']
 
 # %% ../../nbs/sft/03_figures.ipynb #sft03sp1
 from ..masking.masker import ChatMasker
@@ -37,6 +37,7 @@ from ..step.fused_kl import chunk_for
 from ..step.heads import find_head, teacher_logits
 from ..step.losses import token_kl, token_log_prob
 from ..step.models import find_decoder, teacher_mode
+from ..transcripts.holdout import suite_of
 from ..transcripts.record import Transcript
 
 # %% ../../nbs/sft/03_figures.ipynb #sft03fn1
@@ -51,6 +52,20 @@ def call_figures(lines: Sequence[dict]) -> dict[str, Any]:
     counts = {group: [sum(values), len(values)] for group, values in groups.items()}
     return {"well_formed": {g: share(v) for g, v in groups.items()}, "counts": {"well_formed": counts}}
 
+# %% ../../nbs/sft/03_figures.ipynb #sft03fna
+def suite_figures(
+    lines: Sequence[dict], asks: Sequence[Transcript], trained: Collection[str]
+) -> dict[str, dict[str, Any]]:
+    """Return `[hits, answers]` of `attack_success` and `exact_match` by suite, of the answers in `lines` to
+    the questions `asks` that name one, and whether it is `held_out`: not one of the suites `trained`."""
+    suite, hits = {q.id: suite_of(q) for q in asks}, defaultdict[str, dict[str, list[bool]]](dict)
+    for line in lines:
+        for name in ("attack_success", "exact_match"):
+            if suite[line["id"]] and name in line["scores"]:
+                hits[suite[line["id"]]].setdefault(name, []).append(line["scores"][name])
+    counts = {s: {name: [sum(v), len(v)] for name, v in own.items()} for s, own in sorted(hits.items())}
+    return {s: {**own, "held_out": s not in trained} for s, own in counts.items()}
+
 # %% ../../nbs/sft/03_figures.ipynb #sft03fn2
 def agent_answers(
     model: nn.Module,
@@ -61,14 +76,16 @@ def agent_answers(
     reader: AnswerReader,
     folder: Path | None = None,
     stage: str = "",
+    trained: Collection[str] = (),
 ) -> dict[str, Any]:
     """Return the figures of the answers to `count` held-out questions of each kind: `plain_figures`,
-    `call_figures`, `describe_decoding` and `not_asked`. With a `folder` answers are kept in its answers.jsonl
-    under the name `stage`, and are not made again."""
+    `call_figures`, `suites` (`suite_figures`, by the suites `trained`), `describe_decoding` and `not_asked`.
+    With a `folder` answers are kept in its answers.jsonl under the name `stage`, and are not made again."""
     asks = pick_questions([question for t in transcripts for question in questions(t)], count)
     lines = answer_questions(model, masker, reader, asks, decoding, folder=folder, stage=stage)
     figures, calls = plain_figures(lines), call_figures(lines)
     figures["counts"] |= calls.pop("counts")
+    calls["suites"] = suite_figures(lines, asks, trained)
     about = describe_decoding(model, masker, reader, decoding)
     return figures | calls | {"not_asked": without_question(transcripts)} | about
 
@@ -165,14 +182,14 @@ def heldout_targets(
 # %% ../../nbs/sft/03_figures.ipynb #sft03fn4
 def interval_figures(values: np.ndarray, owners: np.ndarray) -> list[dict[str, Any]]:
     """Return for each column of `values` [N, K], one row a target, what stands behind its mean: its
-    `interval` over transcripts (None: there is one transcript) and the numbers of `transcripts` and `tokens`.
-    `owners` int [N]: whose targets they are."""
+    `interval` over transcripts (None: there is one, or all are alike, so that nothing can be said) and the
+    numbers of `transcripts` and `tokens`. `owners` int [N]: whose targets they are."""
     ids = np.unique(owners, return_inverse=True)[1].reshape(-1)
     counts = np.repeat(np.bincount(ids)[:, None], values.shape[1], axis=1)
     sums = np.stack([np.bincount(ids, column) for column in values.T], axis=1)
     have = {"transcripts": len(counts), "tokens": len(values)}
     ends = mean_intervals(sums, counts).T.tolist()
-    return [{"interval": None if len(counts) < 2 else pair} | have for pair in ends]
+    return [{"interval": pair if pair[0] < pair[1] else None} | have for pair in ends]
 
 # %% ../../nbs/sft/03_figures.ipynb #sft03fn9
 def domains_of(transcripts: Sequence[Transcript]) -> dict[str, str]:

@@ -30,7 +30,7 @@ __all__ = ['LARGEST_KL', 'UNSAFE', 'merged_model', 'save_agent', 'merge_kl', 'wr
            'agent_card', 'keep_agent']
 
 # %% ../../nbs/sft/04_folder.ipynb #sft04sp1
-from ..report.figures import all_notes, data_notes, readable_table, result_table, results_of
+from ..report.figures import all_notes, data_notes, readable_table, result_table, results_of, suite_table
 from ..run.settings import template_of
 from ..run.stages import Run
 from .figures import final_states, target_values
@@ -165,7 +165,7 @@ UNSAFE = (
 # %% ../../nbs/sft/04_folder.ipynb #sft04sp2
 def agent_card(record: dict[str, Any]) -> str:
     "Return the card of a fine-tuned model as Markdown with a YAML head, from the `agent_record`."
-    base, counts = record["base"], record["data"]
+    base, counts, suites = record["base"], record["data"], suite_table(results_of(record))
     head = {
         "base_model": base,
         "library_name": "transformers",
@@ -190,6 +190,7 @@ def agent_card(record: dict[str, Any]) -> str:
         *(f"- {note}" for note in data_notes({"data": counts})),
         *("", "## Held out, before and after", "", markdown_table(table), ""),
         *divergence_section(results_of(record), None),
+        *(["### By suite", "", markdown_table(suites), ""] if len(suites) else []),
         *(f"- {note}" for note in all_notes(results_of(record))),
         f"- KL of this model to base and adapter, before they were merged: {record['merge_kl']:.1e} nats",
         *("", "## Settings", "", markdown_table(settings), ""),
