@@ -54,17 +54,17 @@ def call_figures(lines: Sequence[dict]) -> dict[str, Any]:
 
 # %% ../../nbs/sft/03_figures.ipynb #sft03fna
 def suite_figures(
-    lines: Sequence[dict], asks: Sequence[Transcript], trained: Collection[str]
+    lines: Sequence[dict], asks: Sequence[Transcript], train_suites: Collection[str]
 ) -> dict[str, dict[str, Any]]:
     """Return `[hits, answers]` of `attack_success` and `exact_match` by suite, of the answers in `lines` to
-    the questions `asks` that name one, and whether it is `held_out`: not one of the suites `trained`."""
+    the questions `asks` that name one, and whether it is `held_out`: none of `train_suites`."""
     suite, hits = {q.id: suite_of(q) for q in asks}, defaultdict[str, dict[str, list[bool]]](dict)
     for line in lines:
         for name in ("attack_success", "exact_match"):
             if suite[line["id"]] and name in line["scores"]:
                 hits[suite[line["id"]]].setdefault(name, []).append(line["scores"][name])
     counts = {s: {name: [sum(v), len(v)] for name, v in own.items()} for s, own in sorted(hits.items())}
-    return {s: {**own, "held_out": s not in trained} for s, own in counts.items()}
+    return {s: {**own, "held_out": s not in train_suites} for s, own in counts.items()}
 
 # %% ../../nbs/sft/03_figures.ipynb #sft03fn2
 def agent_answers(
@@ -76,16 +76,16 @@ def agent_answers(
     reader: AnswerReader,
     folder: Path | None = None,
     stage: str = "",
-    trained: Collection[str] = (),
+    train_suites: Collection[str] = (),
 ) -> dict[str, Any]:
     """Return the figures of the answers to `count` held-out questions of each kind: `plain_figures`,
-    `call_figures`, `suites` (`suite_figures`, by the suites `trained`), `describe_decoding` and `not_asked`.
+    `call_figures`, `suites` (`suite_figures` by `train_suites`), `describe_decoding` and `not_asked`.
     With a `folder` answers are kept in its answers.jsonl under the name `stage`, and are not made again."""
     asks = pick_questions([question for t in transcripts for question in questions(t)], count)
     lines = answer_questions(model, masker, reader, asks, decoding, folder=folder, stage=stage)
     figures, calls = plain_figures(lines), call_figures(lines)
     figures["counts"] |= calls.pop("counts")
-    calls["suites"] = suite_figures(lines, asks, trained)
+    calls["suites"] = suite_figures(lines, asks, train_suites)
     about = describe_decoding(model, masker, reader, decoding)
     return figures | calls | {"not_asked": without_question(transcripts)} | about
 
@@ -173,9 +173,9 @@ def heldout_targets(
         if base is not None:
             with teacher_mode(base):
                 theirs = final_states(base, rows)
-        values = target_values(rows, final_states(model, rows), head.logits, theirs, of_base)
+        figures = target_values(rows, final_states(model, rows), head.logits, theirs, of_base)
         about = target_kinds(batch, numbers)
-        parts.append((values.numpy(), about["kinds"].numpy(), about["owners"].numpy()))
+        parts.append((figures.numpy(), about["kinds"].numpy(), about["owners"].numpy()))
     values, kinds, owners = map(np.concatenate, zip(*parts))
     return values, kinds, owners
 
@@ -217,15 +217,17 @@ def heldout_figures(
     figures: dict[str, Any] = {name: {} for name in names}
     intervals, parts = {}, []
     for kind, own in samples.items():
-        told = f"{stage}: held-out {kind}, batches"
-        values, *about = heldout_targets(model, own, pad_id, base, numbers, batch_size, told)
+        what = f"{stage}: held-out {kind}, batches"
+        values, *about = heldout_targets(model, own, pad_id, base, numbers, batch_size, what)
         for name, mean, have in zip(names, values.mean(0).tolist(), interval_figures(values, about[1])):
             figures[name][kind], intervals[f"{name} {kind}"] = mean, have
         parts.append((values, *about))
     if base is not None:
         values, kinds, owners = map(np.concatenate, zip(*parts))
         of = np.array([(domains or {}).get(name, "in_domain") for name in numbers])[owners]
-        own = {d: of == d for d in dict.fromkeys(of.tolist())}
-        tokens = {d: (values[at, 1], values[at, 2] > 0, kinds[at], owners[at]) for d, at in own.items()}
-        figures["heldout_tokens"] = {d: kind_figures(*some) for d, some in tokens.items()}
+        places = {d: of == d for d in dict.fromkeys(of.tolist())}
+        figures["heldout_tokens"] = {
+            d: kind_figures(values[at, 1], values[at, 2] > 0, kinds[at], owners[at])
+            for d, at in places.items()
+        }
     return figures | {"intervals": intervals}

@@ -5,16 +5,15 @@
 # %% ../../nbs/sft/05_report.ipynb #sft05im1
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from ..basics.numbers import format_number
 from ..report.figures import result_table, results_of, told_of, write_report
 from ..run.metrics import read_metrics
 from ..run.records import read_record
-from ..transcripts.record import Transcript
-from ..widgets.answers import example_table, has_cases, read_cases, write_answers
 
 # %% auto #0
 __all__ = ['agent_notes', 'write_agent_report']
@@ -34,16 +33,14 @@ def agent_notes(folder: Path, result: dict[str, Any]) -> list[str]:
 
 # %% ../../nbs/sft/05_report.ipynb #sft05fn2
 def write_agent_report(
-    folder: str | Path, result: dict[str, Any], transcripts: Sequence[Transcript] | None = None
+    folder: str | Path, result: dict[str, Any], examples: pd.DataFrame | None = None
 ) -> Path:
     """Write report.html into the run directory `folder` of the agent stage, from its metrics.jsonl, its
-    config.json and its `result` (result.json), and where it has answers the page of all of them,
-    answers.html, with a few in the report; return the path. `transcripts`: those that were held out (None:
-    they are read). Raises RunError for a file that cannot be read."""
-    folder, answers, examples = Path(folder), "", None
-    if has_cases(folder):
-        answers = write_answers(folder, transcripts).name
-        examples = example_table(read_cases(folder, transcripts)[0])
+    config.json and its `result` (result.json), with a link to answers.html where that lies beside it, and
+    with a few `examples` of answers (`cbnb.widgets.answers.example_table`); return the path. Raises RunError
+    for a file that cannot be read."""
+    folder = Path(folder)
+    answers = "answers.html" if (folder / "answers.html").is_file() else ""
     settings = result["parameters"] | (read_record(folder / "config.json") or {})
     table, rows = result_table(result["before"], result["after"]), read_metrics(folder)
     parts = (folder.name, rows, table, settings, agent_notes(folder, result))

@@ -29,7 +29,7 @@ __all__ = ['OUTCOMES', 'TASK_NAMES', 'LONGEST_TEXT', 'MOST_CASES', 'MOST_CHARACT
            'run_questions', 'without_dial', 'has_cases', 'read_cases', 'spell_lines', 'utf16_length', 'mark_text',
            'shift_marks', 'call_text', 'message_parts', 'wanted_rows', 'case_state', 'last_words', 'case_order',
            'stages_of', 'left_out_note', 'answers_state', 'outcome_table', 'move_table', 'action_words', 'cases_table',
-           'asked_words', 'wanted_words', 'example_table', 'answers_html', 'answers_view', 'open_command',
+           'request_words', 'goal_words', 'example_table', 'answers_html', 'answers_view', 'open_command',
            'write_answers', 'action_token', 'evaluation_settings', 'masker_settings', 'has_adapter', 'adapter_of',
            'ActionList', 'ActionExplorer', 'ActionBox', 'explore_answers']
 
@@ -742,19 +742,20 @@ def cases_table(cases: Sequence[Case]) -> str:
     return table_html(("case", "from", *stages), rows, "Cases, those first that changed")
 
 # %% ../../nbs/widgets/06_answers.ipynb #ansexmp2
-def asked_words(case: Case) -> str:
+def request_words(case: Case) -> str:
     "Return the beginning of the last thing that the user asked in a `case`; a dash where it is not known."
     action = next(iter(case.actions.values()))
-    said = (m for m in reversed(action.transcript.messages[: action.start]) if m["role"] == "user")
-    return cut(str(next(said, {}).get("content") or "–"), TABLE_TEXT)
+    before = reversed(action.transcript.messages[: action.start])
+    said = (str(m.get("content") or "") for m in before if m["role"] == "user")
+    return cut(next(said, "") or "–", TABLE_TEXT)
 
 
-def wanted_words(wanted: Mapping[str, Any]) -> str:
+def goal_words(goals: Mapping[str, Any]) -> str:
     "Return the call or the text that an attack has ordered, else the expected one; a dash for none."
-    calls = (wanted.get(name) for name in ("injected_call", "expected_call"))
+    calls = (goals.get(name) for name in ("injected_call", "expected_call"))
     if call := next(filter(None, calls), None):
         return cut(call_text(call), TABLE_TEXT)
-    return cut(str(wanted.get("injected_text") or wanted.get("expected_text") or "–"), TABLE_TEXT)
+    return cut(str(goals.get("injected_text") or goals.get("expected_text") or "–"), TABLE_TEXT)
 
 # %% ../../nbs/widgets/06_answers.ipynb #ansexmp3
 EXAMPLES = 2  # cases of each kind that a report shows
@@ -763,14 +764,14 @@ EXAMPLES = 2  # cases of each kind that a report shows
 def example_table(cases: Sequence[Case]) -> pd.DataFrame:
     """Return `EXAMPLES` cases of each kind as text, changed ones first: what was asked, what was expected or
     ordered, and what each stage did."""
-    stages, shown, rows = stages_of(cases), Counter[str](), {}
+    stages, numbers, rows = stages_of(cases), Counter[str](), {}
     for case in (cases[i] for i in case_order(cases)):
         kind = case.kind or case.label
-        shown[kind] += 1
-        if shown[kind] <= EXAMPLES:
+        numbers[kind] += 1
+        if numbers[kind] <= EXAMPLES:
             cells = [action_words(case.actions.get(stage)) for stage in stages]
             place = " · ".join(filter(None, (kind, case.suite, case.id)))
-            rows[place] = [asked_words(case), wanted_words(case.wanted), *cells]
+            rows[place] = [request_words(case), goal_words(case.wanted), *cells]
     table = {visible(place): [visible(cell) for cell in cells] for place, cells in rows.items()}
     columns = ["asked", "expected, or ordered", *map(visible, stages)]
     frame = pd.DataFrame.from_dict(table, orient="index", columns=columns, dtype=object)
