@@ -261,13 +261,12 @@ def test_a_folder_of_a_presets_shape_has_that_preset(tmp_path):
 def test_a_few_steps_on_a_pretrained_model(monkeypatch, tmp_path):
     "They lower the loss of the rows that they are taken on, and the folder answers as the adapter does."
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(smollm2_cache()))
-    config = agent_config(
-        DEFAULTS | {"model": "smollm2", "total_steps": 4, "warmup_steps": 1, "batch_size": 2, "save_steps": 0}
-    )
+    short = {"total_steps": 4, "warmup_steps": 1, "batch_size": 2, "gradient_accumulation_steps": 1}
+    config = agent_config(DEFAULTS | short | {"model": "smollm2", "save_steps": 0})
     assert config.lora_layers == (0, 29) and config.dtype == "float32"
     masker = ChatMasker(load_tokenizer("smollm2"))
-    short = [replace(t, tools=t.tools[:1]) for t in make_transcripts("plain", 2)]
-    samples, _ = encode_stream(short, masker, "assistant_only")
+    some = [replace(t, tools=t.tools[:1]) for t in make_transcripts("plain", 2)]
+    samples, _ = encode_stream(some, masker, "assistant_only")
     student, run = add_adapter(load_model("smollm2"), config), open_run({}, run_dir=tmp_path / "run")
     assert train_agent(student, samples, config, run, masker.tokenizer.pad_token_id)
     rows = read_metrics(run.path)
@@ -283,9 +282,9 @@ def test_a_few_steps_on_a_pretrained_model(monkeypatch, tmp_path):
     assert (folder / "chat_template_original.jinja").exists() and preset_for(
         "tinyagent", str(folder)
     ) == "smollm2"
-    tools = short[0].tools
+    tools = some[0].tools
     own, base = (
-        load_tokenizer(name).apply_chat_template(short[0].messages, tools=tools, tokenize=False)
+        load_tokenizer(name).apply_chat_template(some[0].messages, tools=tools, tokenize=False)
         for name in (str(folder), "smollm2")
     )
     assert own == base
