@@ -757,7 +757,7 @@ def add_sft(commands: Commands) -> None:
 
 # %% ../nbs/cli.ipynb #sftclfn2
 def run_sft(args: argparse.Namespace) -> int:
-    """Carry out `cbnb sft`: papermill's own output, then the figures, the model and the run directory."""
+    """Carry out `cbnb sft`: papermill's own output, then figures, model, run directory and report."""
     from cbnb.run.stages import Run
     from cbnb.sft.settings import check_agent, check_place, run_names
     from cbnb.sweep.jobs import train
@@ -782,6 +782,8 @@ def run_sft(args: argparse.Namespace) -> int:
     if not status:
         say(f"the model: {place or path / 'model'}")
     say(f"run directory: {path}")
+    if (path / "report.html").exists():
+        say(f"report: {path / 'report.html'}")
     return status
 
 # %% ../nbs/cli.ipynb #pfl00002

@@ -11,6 +11,8 @@ import torch
 
 from cbnb.config import get_config
 from cbnb.evaluate.divergence import Side, diverge, share_of_kl, token_table, top_tokens
+from cbnb.evaluate.reader import derive_reader
+from cbnb.evaluate.token_kinds import KIND_NAMES, token_kinds
 from cbnb.masking.masker import ChatMasker
 from cbnb.masking.policies import Encoding, loss_mask
 from cbnb.masking.turns import Segment
@@ -23,10 +25,11 @@ from cbnb.widgets.kl import KLExplorer, kl_html, static_kl
 from helpers import BIN, HOSTILE, KEYS, NBS, ROOT, copy_tree, read, run
 from lab.labharness import Lab
 
-DIRECTION, BY, OVER = (
+DIRECTION, BY, OVER, KIND = (
     "[aria-label='direction of the KL']",
     "[aria-label='share by']",
     "[aria-label='tokens counted']",
+    "[aria-label='kind of token']",
 )
 CIVIDIS = "#00224e #123570 #3b496c #575d6d #707173 #8a8678 #a59c74 #c3b369 #e1cc55 #fee838".split()
 COSINE, DISTANCE = (
@@ -54,7 +57,9 @@ def noise(n, vocabulary, names, seed=0, blocks=5):
 def case(masker, names=("A", "B"), temperature=1.0, encoding=None, **given):
     "`(arguments of kl_state, teacher, students)` on an injected transcript."
     t = make_transcripts("injection", 1)[0]
-    encoding = encoding or masker.encode(t.messages, t.tools, t.injection_spans, t.label)
+    if encoding is None:
+        encoding = masker.encode(t.messages, t.tools, t.injection_spans, t.label)
+        given = {"kinds": token_kinds(encoding, t, derive_reader(masker))} | given
     vocabulary = len(masker.tokenizer)
     teacher, students = noise(len(encoding.input_ids), vocabulary, names)
     divergence = diverge(teacher, students, encoding.input_ids, temperature)
@@ -211,6 +216,33 @@ def test_the_list_of_the_largest_jumps(pages, two):
         and f"Token {at} " in page.locator(".kl-detail").inner_text()
     )
     assert "D(student‖teacher) of B" in page.locator(".cb-about").inner_text()
+
+
+def test_tokens_of_one_kind(pages, two):
+    "What is coloured, counted and listed is of the kind that is chosen, with the keyboard alone."
+    arguments, page = two[0], pages.open(static_kl(two[0]).html)
+    own, d = arguments["kinds"] == KIND_NAMES.index("call_value"), arguments["divergence"]
+    table = token_table(arguments["encoding"], arguments["mask"], d, "A")
+    assert page.locator(KIND).locator("option").all_inner_texts()[:2] == ["of every kind", "argument values"]
+    page.locator(KIND).focus()
+    page.keyboard.press("ArrowDown")
+    listed = "all => all.map(b => Number(b.dataset.token))"
+    assert page.locator(".kl-list button").evaluate_all(listed) == top_tokens(table[own], 20).index.tolist()
+    coloured = "all => all.flatMap((t, i) => t.classList.contains('na') ? [] : [i])"
+    assert tokens(page).evaluate_all(coloured) == np.flatnonzero(own).tolist()
+    counted = sum(values(page, ".kl-shares tbody tr td:nth-child(2)"))
+    page.locator(".kl-list button").first.click()
+    assert counted == own.sum() and "of A, argument values" in page.locator(".cb-about").inner_text()
+    inside = own & arguments["mask"]
+    assert np.isclose(values(page, ".kl-summary [data-value]")[0], d.forward[0, inside].mean())
+    assert f"{inside.sum()} targets (argument values)" in page.locator(".kl-summary").inner_text()
+    page.select_option(KIND, "not the assistant's")
+    assert "no target is of the kind" in page.locator(".kl-summary").inner_text()
+    page.select_option(KIND, "")
+    assert page.locator(".kl-list button").count() == 20 and page.locator(".cb-view .na").count() == 1
+    page = pages.open(static_kl(two[0] | {"kinds": None}).html)
+    assert page.locator(KIND).is_hidden() and page.locator(".kl-list button").count() == 20
+    pages.assert_clean()
 
 
 @pytest.mark.parametrize(

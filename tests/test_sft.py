@@ -2,25 +2,28 @@
 resumed, with what it refuses; and a few steps on a pretrained model."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 import time
+import xml.etree.ElementTree as ET
 from dataclasses import replace
 
 import pytest
 import torch
 
+from cbnb.basics.jsonfiles import RunError
 from cbnb.cli import main
 from cbnb.config import NOTEBOOK_PARAMETERS, ConfigError
-from cbnb.data.streams import encode_stream
+from cbnb.data.streams import encode_stream, load_streams
 from cbnb.masking.masker import ChatMasker
 from cbnb.run.directory import open_run
 from cbnb.run.metrics import read_metrics
 from cbnb.run.sealed import damage
 from cbnb.run.settings import preset_for, settings_of
 from cbnb.sft.folder import agent_record, keep_agent, write_merged
-from cbnb.sft.settings import agent_config, check_agent
+from cbnb.sft.settings import agent_config, check_agent, model_place, trained_on
 from cbnb.sft.train import train_agent
 from cbnb.step.models import add_adapter, load_model, load_tokenizer
 from cbnb.transcripts.reader import write_transcripts
@@ -43,11 +46,12 @@ TINY = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    "A few transcripts of both labels, and held-out ones."
+    "A few transcripts of both labels, and held-out ones of a suite that no other is of."
     folder = tmp_path_factory.mktemp("data")
     kinds = ("injection", "plain", "general")
     for name, split in (("train", "train"), ("heldout", "eval")):
-        rows = [t for kind in kinds for t in make_transcripts(kind, 8, split)]
+        suite = {"suite": {"train": "mail", "heldout": "travel"}[name]}
+        rows = [replace(t, meta=t.meta | suite) for kind in kinds for t in make_transcripts(kind, 8, split)]
         write_transcripts(folder / f"{name}.jsonl", rows)
     return {"data": str(folder / "train.jsonl"), "eval_data": str(folder / "heldout.jsonl")}
 
@@ -90,8 +94,14 @@ def test_a_run_leaves_a_model_that_stands_where_a_model_can(whole, capsys, monke
         figures = result[name]
         assert set(figures["heldout_ce"]) == {"attack", "plain", "general"} == set(figures["n"])
         assert figures["counts"]["well_formed"].keys() == {"attack", "plain"}
-        assert figures["intervals"]["heldout_ce plain"]["rows"] == 8
+        assert figures["intervals"]["heldout_ce plain"]["transcripts"] == 8
+        assert figures["suites"].keys() == {"travel"} and figures["suites"]["travel"]["held_out"]
+        assert figures["suites"]["travel"]["attack_success"] == figures["counts"]["attack_success"]
     assert "heldout_kl" not in result["before"] and result["after"]["heldout_kl"]["general"] > 0
+    kinds = result["after"]["heldout_tokens"]
+    assert kinds["in_domain"]["call_value"]["transcripts"] == 16 and "text" in kinds["off_domain"]
+    own = result["after"]["intervals"]["heldout_kl general"]
+    assert own["interval"] == kinds["off_domain"]["all"]["interval"]
     record = load(model / "agent.json")
     assert (
         record["base"] == "tinyagent" and record["after"] == result["after"] and record["run"] == whole.name
@@ -105,6 +115,22 @@ def test_a_run_leaves_a_model_that_stands_where_a_model_can(whole, capsys, monke
     rows = str(whole.parent / "x.jsonl")
     write_transcripts(rows, make_transcripts("plain", 2))
     assert main(["masks", rows, "--model", str(model), "--show", "0"]) == 0
+
+
+def test_a_run_leaves_a_report(whole):
+    """Figures with counts and intervals, the curve, settings, KL by kind of token, suites and answers: all
+    texts of the page, with nothing that a table could not show."""
+    page = (whole / "report.html").read_text()
+    ET.fromstring(page.replace("<!DOCTYPE html>", ""))
+    texts = [text.strip() for text in re.sub("<[^>]*>", "\n", page).split("\n")]
+    assert {"KL by kind of token, after, off domain", "argument values", "travel, held out"} <= {*texts}
+    assert {"Some answers", "Training curves", "cross-entropy, nats per token", "lora_layers"} <= {*texts}
+    assert {"well-formed calls, attack", "attack success, before"} <= {*texts} and "[0, 3]" in texts
+    assert not {"None", "null", "nan", "[]"} & {*texts} and "reroute" not in page
+    assert "The fine-tuned model: model/ in this run directory. Its card is README.md there." in texts
+    assert 'href="answers.html"' in page and "injection-eval" in (whole / "answers.html").read_text()
+    card = (whole / "model" / "README.md").read_text()
+    assert "| travel, held out |" in card and "| argument values |" in card
 
 
 def test_a_run_that_is_stopped_goes_on_to_the_same_bits(data, whole, tmp_path):
@@ -137,6 +163,8 @@ def test_benign_alone_and_a_place_of_its_own(data, whole, tmp_path, monkeypatch,
     assert sft(tmp_path, monkeypatch, **given) == 0
     said = capsys.readouterr()
     assert f"the model: {out}" in said.out and "well-formed calls, plain" in said.out
+    assert said.out.rstrip().split("\n")[-1] == f"report: {folder / 'report.html'}"
+    assert f"The fine-tuned model: {out}." in (folder / "report.html").read_text()
     record = load(out / "agent.json")
     assert "harmful" not in record["data"] and record["labels"] == "benign"
     assert "unsafe by intent" not in (out / "README.md").read_text()
@@ -189,32 +217,31 @@ def test_several_processes_are_refused():
         check_agent(DEFAULTS | {"model": "tinyagent"}, 2)
 
 
-def failing(tmp_path, values):
-    "The error of a run that begins and cannot go on, from its status."
-    folder = tmp_path / "run"
-    done = papermill(*papermill_words(TINY | values | {"run_dir": folder}), notebook=NBS / "agent.ipynb")
-    assert done.returncode and not (folder / "model").exists()
-    return load(folder / "status.json")["error"]
-
-
 def test_data_of_which_nothing_can_be_learnt(data, tmp_path):
     write_transcripts(tmp_path / "h.jsonl", make_transcripts("injection", 4))
-    given = {"data": str(tmp_path / "h.jsonl"), "labels": "benign"}
-    assert "its transcripts are all harmful, and labels is benign" in failing(tmp_path, data | given)
+    harmful, benign, *_ = load_streams([str(tmp_path / "h.jsonl")], [data["eval_data"]], labels=("benign",))
+    with pytest.raises(ConfigError, match="its transcripts are all harmful, and labels is benign"):
+        trained_on(harmful, benign, "benign")
 
 
-def test_a_place_that_cannot_be_made(data, tmp_path):
-    assert "cannot be made" in failing(tmp_path, data | {"out": "/proc/x/y"})
+def test_a_place_that_cannot_be_made(tmp_path):
+    with pytest.raises(RunError, match="cannot be made"):
+        model_place("/proc/x/y", open_run({}, run_dir=tmp_path / "run"))
 
 
 def test_a_template_that_writes_no_calls(data, tmp_path):
+    "A run that begins and cannot go on says why in its status, and makes no model."
     turn = "<|start_header_id|>{}<|end_header_id|>\n\n"
     template = (
         f"{{% for m in messages %}}{turn.format('{{ m.role }}')}{{{{ m.content }}}}<|eot_id|>{{% endfor %}}"
     )
     template += f"{{% if add_generation_prompt %}}{turn.format('assistant')}{{% endif %}}"
     (tmp_path / "t.jinja").write_text(template)
-    assert "tool call" in failing(tmp_path, data | {"chat_template": tmp_path / "t.jinja"})
+    folder = tmp_path / "run"
+    given = TINY | data | {"chat_template": tmp_path / "t.jinja", "run_dir": folder}
+    done = papermill(*papermill_words(given), notebook=NBS / "agent.ipynb")
+    assert done.returncode and not (folder / "model").exists()
+    assert "tool call" in load(folder / "status.json")["error"]
 
 
 def test_a_folder_of_a_presets_shape_has_that_preset(tmp_path):
@@ -234,13 +261,12 @@ def test_a_folder_of_a_presets_shape_has_that_preset(tmp_path):
 def test_a_few_steps_on_a_pretrained_model(monkeypatch, tmp_path):
     "They lower the loss of the rows that they are taken on, and the folder answers as the adapter does."
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(smollm2_cache()))
-    config = agent_config(
-        DEFAULTS | {"model": "smollm2", "total_steps": 4, "warmup_steps": 1, "batch_size": 2, "save_steps": 0}
-    )
+    short = {"total_steps": 4, "warmup_steps": 1, "batch_size": 2, "gradient_accumulation_steps": 1}
+    config = agent_config(DEFAULTS | short | {"model": "smollm2", "save_steps": 0})
     assert config.lora_layers == (0, 29) and config.dtype == "float32"
     masker = ChatMasker(load_tokenizer("smollm2"))
-    short = [replace(t, tools=t.tools[:1]) for t in make_transcripts("plain", 2)]
-    samples, _ = encode_stream(short, masker, "assistant_only")
+    some = [replace(t, tools=t.tools[:1]) for t in make_transcripts("plain", 2)]
+    samples, _ = encode_stream(some, masker, "assistant_only")
     student, run = add_adapter(load_model("smollm2"), config), open_run({}, run_dir=tmp_path / "run")
     assert train_agent(student, samples, config, run, masker.tokenizer.pad_token_id)
     rows = read_metrics(run.path)
@@ -256,9 +282,9 @@ def test_a_few_steps_on_a_pretrained_model(monkeypatch, tmp_path):
     assert (folder / "chat_template_original.jinja").exists() and preset_for(
         "tinyagent", str(folder)
     ) == "smollm2"
-    tools = short[0].tools
+    tools = some[0].tools
     own, base = (
-        load_tokenizer(name).apply_chat_template(short[0].messages, tools=tools, tokenize=False)
+        load_tokenizer(name).apply_chat_template(some[0].messages, tools=tools, tokenize=False)
         for name in (str(folder), "smollm2")
     )
     assert own == base

@@ -23,21 +23,22 @@ import plotly.graph_objects as go
 
 # %% auto #0
 __all__ = ['MEASURES', 'ANSWERED', 'TOKEN_ROWS', 'LOOP_FIGURES', 'REASONS', 'STYLES', 'TEXT_COLOUR', 'LINE_OF', 'PanelOf',
-           'PANELS', 'SLOW', 'WIDTH', 'HEIGHT', 'MARGIN', 'COLUMNS', 'LINES', 'LOOK', 'ATTACK_LINES', 'KIND_COLOURS',
-           'KIND_DASHES', 'DIAL_HEIGHT', 'DIAL_MARGIN', 'DIAL_COLUMNS', 'VICTIM_LINES', 'ATTACK_HEIGHT', 'ATTACK_GAP',
-           'ATTACK_MARGIN', 'ATTACK_COLUMNS', 'TICKS_SHOWN', 'REPORT_PAGE', 'floor_words', 'told_from',
-           'readable_table', 'rate_counts', 'interval_words', 'mean_words', 'flat_figures', 'figures_table',
-           'results_of', 'result_table', 'token_cells', 'token_table', 'exact_table', 'divergence_tables',
-           'divergence_words', 'divergence_lines', 'loop_table', 'reason_lines', 'loop_notes', 'loop_lines',
-           'unasked_notes', 'answer_notes', 'result_notes', 'all_notes', 'data_notes', 'alarm_lines', 'dial_counts',
-           'dial_table', 'question_words', 'dial_lines', 'best_point', 'attack_table', 'attack_words', 'attack_lines',
-           'tamper_table', 'tamper_words', 'tamper_lines', 'figure_lines', 'newest_notebook', 'describe_run', 'main',
-           'as_float', 'series', 'summary', 'terms_in', 'short', 'term_title', 'coefficient_title', 'panels_of',
-           'axis_range', 'spread', 'neighbours', 'thin', 'columns_of', 'line', 'axis_ids', 'end_labels', 'panel_axes',
-           'panel', 'curves', 'linear_ticks', 'log_ticks', 'tick_text', 'pixels', 'svg_path', 'svg_intervals',
-           'svg_dots', 'svg_line', 'svg_text', 'svg_axes', 'svg_note', 'svg_panel', 'static_svg', 'figure_bundle',
-           'show', 'rate_trace', 'dial_trace', 'dial_axes', 'dial_rows', 'dial_figure', 'show_dials', 'tune_dial',
-           'tamper_figure', 'attack_traces', 'attack_axes', 'attack_figure', 'dial_section', 'table_parts',
+           'PANELS', 'SLOW', 'AGENT_PANELS', 'WIDTH', 'HEIGHT', 'MARGIN', 'COLUMNS', 'LINES', 'LOW_HEIGHT', 'ONE_LINE',
+           'LOOK', 'ATTACK_LINES', 'KIND_COLOURS', 'KIND_DASHES', 'DIAL_HEIGHT', 'DIAL_MARGIN', 'DIAL_COLUMNS',
+           'VICTIM_LINES', 'ATTACK_HEIGHT', 'ATTACK_GAP', 'ATTACK_MARGIN', 'ATTACK_COLUMNS', 'TICKS_SHOWN',
+           'REPORT_PAGE', 'floor_words', 'told_from', 'readable_table', 'rate_counts', 'interval_words', 'mean_words',
+           'flat_figures', 'figures_table', 'results_of', 'result_table', 'token_cells', 'token_table', 'exact_table',
+           'divergence_tables', 'divergence_words', 'divergence_lines', 'suite_table', 'suite_lines', 'loop_table',
+           'reason_lines', 'loop_notes', 'loop_lines', 'unasked_notes', 'answer_notes', 'result_notes', 'all_notes',
+           'data_notes', 'alarm_lines', 'dial_counts', 'dial_table', 'question_words', 'dial_lines', 'best_point',
+           'attack_table', 'attack_words', 'attack_lines', 'tamper_table', 'tamper_words', 'tamper_lines',
+           'figure_lines', 'newest_notebook', 'describe_run', 'main', 'as_float', 'series', 'summary', 'terms_in',
+           'short', 'term_title', 'coefficient_title', 'panels_of', 'run_panels', 'axis_range', 'spread', 'neighbours',
+           'thin', 'columns_of', 'line', 'axis_ids', 'end_labels', 'panel_axes', 'panel_places', 'panel', 'curves',
+           'linear_ticks', 'log_ticks', 'tick_text', 'pixels', 'svg_path', 'svg_intervals', 'svg_dots', 'svg_line',
+           'svg_text', 'svg_axes', 'svg_note', 'svg_panel', 'static_svg', 'figure_bundle', 'show', 'rate_trace',
+           'dial_trace', 'dial_axes', 'dial_rows', 'dial_figure', 'show_dials', 'tune_dial', 'tamper_figure',
+           'attack_traces', 'attack_axes', 'attack_figure', 'dial_section', 'table_parts', 'page_sections',
            'report_page', 'write_report', 'told_of', 'write_run_report']
 
 # %% ../../nbs/report/00_figures.ipynb #c205d231
@@ -158,12 +159,9 @@ def interval_words(hits: int, n: int, attempts: int = 1) -> str:
 
 # %% ../../nbs/report/00_figures.ipynb #mnwords1
 def mean_words(ends: dict[str, Any]) -> str:
-    """Return how many `rows` and `tokens` stand behind a mean over tokens, with its 95 % interval from `low`
-    to `high` (None: there is none) where it has one, for example `12 rows, 0.21 to 0.34`."""
-    rows = plural(ends["rows"], "row")
-    if ends.get("low") is None:
-        return rows
-    return f"{rows}, {format_number(ends['low'], 2)} to {format_number(ends['high'], 2)}"
+    """Return the 95 % `interval` of a mean over tokens in words, for example `0.21 to 0.34`; empty for
+    None."""
+    return " to ".join(format_number(end, 2) for end in ends.get("interval") or ())
 
 # %% ../../nbs/report/00_figures.ipynb #09f1df6b
 def flat_figures(result: dict[str, Any]) -> dict[str, Any]:
@@ -178,19 +176,22 @@ def flat_figures(result: dict[str, Any]) -> dict[str, Any]:
 def figures_table(results: dict[str, dict[str, Any]]) -> pd.DataFrame:
     """Return results of `cbnb.evaluate.evaluation.evaluate` beside each other, by name: one row per figure, a
     column of numbers each, where what was not measured is NaN; after each column, counts and 95 % intervals
-    in words; last `n`, how many answers stand behind a rate."""
+    in words; last `n`, how many answers stand behind a rate, or transcripts behind a mean."""
     table = pd.DataFrame({name: flat_figures(result) for name, result in results.items()}, dtype=float)
     n: dict[str, int] = {}
     for name, result in reversed(results.items()):
         attempts, counts = result.get("decoding", {}).get("samples", 1), rate_counts(result)
         words = {row: interval_words(hits, of, attempts) for row, (hits, of) in counts.items()}
-        words |= {row: mean_words(ends) for row, ends in result.get("intervals", {}).items()}
+        # those of an older version were over rows
+        means = {row: ends for row, ends in result.get("intervals", {}).items() if "transcripts" in ends}
+        words |= {row: mean_words(ends) for row, ends in means.items()}
         table.insert(
             table.columns.get_loc(name) + 1,
             f"{name}, 95 %",
             pd.Series(words, dtype=object).reindex(table.index, fill_value=""),
         )
         n |= {row: count[1] for row, count in counts.items()}
+        n |= {row: ends["transcripts"] for row, ends in means.items()}
     return table.assign(n=pd.Series(n, dtype="Int64").reindex(table.index)).rename_axis("held out")
 
 # %% ../../nbs/report/00_figures.ipynb #17b4721b
@@ -298,6 +299,30 @@ def divergence_lines(results: dict[str, dict[str, Any]], floor: dict[str, Any] |
         return []
     lines = [["", title, *table.rename_axis(None).to_string().split("\n")] for title, table in tables]
     return ["", divergence_words(results), *(line for part in lines for line in part)]
+
+# %% ../../nbs/report/00_figures.ipynb #figsuit1
+def suite_table(results: dict[str, dict[str, Any]]) -> pd.DataFrame:
+    """Return attack success and exact match of `results`, by name, as text: one row per suite, those held out
+    as a whole first, and a column of counts with their 95 % intervals for each figure of each result; no row
+    where no question names a suite."""
+    suites = {name: s for result in results.values() for name, s in (result.get("suites") or {}).items()}
+    order = sorted(suites, key=lambda name: (not suites[name]["held_out"], name))
+    columns: dict[str, list[str]] = {}
+    for key in ("exact_match", "attack_success"):
+        for name, result in results.items():
+            own, attempts = result.get("suites") or {}, result.get("decoding", {}).get("samples", 1)
+            counts = [own.get(suite, {}).get(key) for suite in order]
+            if any(counts):
+                cells = [interval_words(c[0], c[1], attempts) if c else "—" for c in counts]
+                columns[visible(f"{MEASURES[key][0]}, {name}")] = cells
+    index = [visible(f"{name}, {'held out' if suites[name]['held_out'] else 'trained on'}") for name in order]
+    return pd.DataFrame(columns, index=pd.Index(index, name="suite"), dtype=object)
+
+# %% ../../nbs/report/00_figures.ipynb #figsuit2
+def suite_lines(results: dict[str, dict[str, Any]]) -> list[str]:
+    "Return the `suite_table` of `results` as lines for a terminal; none where there is no suite."
+    table = suite_table(results)
+    return ["", "By suite", *table.rename_axis(None).to_string().split("\n")] if len(table) else []
 
 # %% ../../nbs/report/00_figures.ipynb #5409d1ed
 LOOP_FIGURES = (
@@ -640,8 +665,8 @@ def figure_lines(path: str | Path) -> list[str]:
         return []
     table = readable_table(figures_table(results), result.get("floor")).to_string()
     notes = (f"note: {note}" for note in [*all_notes(results), *data_notes(result)])
-    by_kind = divergence_lines(results, result.get("floor"))
-    return [*table.split("\n"), *by_kind, *loop_lines(result), *dial_lines(result), "", *notes]
+    parts = divergence_lines(results, result.get("floor")) + suite_lines(results)
+    return [*table.split("\n"), *parts, *loop_lines(result), *dial_lines(result), "", *notes]
 
 # %% ../../nbs/report/00_figures.ipynb #d1baa636
 def newest_notebook(path: Path) -> Path | None:
@@ -670,7 +695,8 @@ def describe_run(path: str | Path) -> str:
         lines += [f"note: {visible(line)}" for line in status.get("changes") or ()]
     if alarms := alarm_lines((result or status).get("alarms")):
         lines += [*(f"ALARM {line}" for line in alarms), ""]
-    files = [*sorted(path.glob("out.*.ipynb")), path / "report.html", path / "answers.html", path / "adapter"]
+    files = [*sorted(path.glob("out.*.ipynb")), path / "report.html", path / "answers.html"]
+    files += [path / "adapter", path / "model"]
     return "\n".join(lines + [visible(f"{f.name}: {f}") for f in files if f.exists()])
 
 # %% ../../nbs/report/00_figures.ipynb #rep00001
@@ -730,6 +756,7 @@ def summary(rows: list[dict[str, Any]], terms: dict[str, Term] | None = None) ->
         return "no metrics yet"
     parts = []
     titles = {f"loss_{name}": term.title for name, term in (terms or run_terms()).items()}
+    titles["loss_ce"] = "cross-entropy"
     for key, name in (titles | {"grad_norm_total": "gradient norm"}).items():
         values = series(rows, key, gaps=False)[1]
         if len(values):
@@ -739,6 +766,7 @@ def summary(rows: list[dict[str, Any]], terms: dict[str, Term] | None = None) ->
 # %% ../../nbs/report/00_figures.ipynb #e1efbfa9
 # name of a line: colour (Okabe-Ito), dash, width
 STYLES: dict[str, tuple[str, str, float]] = {
+    "cross-entropy": ("#0072B2", "solid", 1.5),
     "reroute": ("#D55E00", "solid", 1.5),
     "retain": ("#009E73", "dash", 1.5),
     "KL": ("#0072B2", "dot", 2),
@@ -832,6 +860,19 @@ def panels_of(terms: dict[str, Term]) -> tuple[PanelOf, ...]:
 # %% ../../nbs/report/00_figures.ipynb #a2f83396
 PANELS = panels_of(run_terms())
 SLOW = {f"grad_norm_{name}" for name in LINE_OF}
+
+# %% ../../nbs/report/00_figures.ipynb #figagnt1
+AGENT_PANELS: tuple[PanelOf, ...] = (
+    ("cross-entropy, nats per token", False, {"loss_ce": "cross-entropy"}, 0.0),
+    ("gradient norm before clipping; log axis", True, {"grad_norm_total": "total"}, 0.0),
+)
+
+
+def run_panels(
+    rows: Sequence[Mapping[str, Any]], terms: dict[str, Term] | None = None
+) -> tuple[PanelOf, ...]:
+    "Return the panels of a run with these metrics `rows`: `AGENT_PANELS`, or `panels_of` its `terms`."
+    return AGENT_PANELS if any("loss_ce" in row for row in rows[:1]) else panels_of(terms or run_terms())
 
 # %% ../../nbs/report/00_figures.ipynb #d479c420
 def axis_range(values: np.ndarray, log: bool, top: float = 0.0) -> list[float]:
@@ -940,6 +981,7 @@ def line(rows: list[dict[str, Any]], key: str, name: str, limits: list[float], l
 WIDTH, HEIGHT, MARGIN = 900, 660, dict(l=68, r=84, t=50, b=44)
 # domains of the panels, in shares of the plot
 COLUMNS, LINES = ((0.0, 0.405), (0.595, 1.0)), ((0.73, 1.0), (0.365, 0.635), (0.0, 0.27))
+LOW_HEIGHT, ONE_LINE = 300, ((0.0, 1.0),)  # of two panels alone
 
 # %% ../../nbs/report/00_figures.ipynb #4a23e674
 def axis_ids(n: int) -> tuple[str, str]:
@@ -974,9 +1016,16 @@ def end_labels(
     ]
 
 # %% ../../nbs/report/00_figures.ipynb #eec4ad68
-def panel_axes(rows: list[dict[str, Any]], n: int, limits: list[float], log: bool) -> dict[str, Any]:
-    "Return the layout of both axes of panel `n`; all panels share the steps, labelled under the lowest two."
-    (x, y), lowest = axis_ids(n), n > len(PANELS) - len(COLUMNS)
+def panel_axes(
+    rows: list[dict[str, Any]],
+    n: int,
+    limits: list[float],
+    log: bool,
+    lines: Sequence[tuple[float, float]] = LINES,
+) -> dict[str, Any]:
+    """Return the layout of both axes of panel `n`; all panels share the steps, labelled under the lowest two.
+    `lines`: the domains of the lines of panels."""
+    (x, y), lowest = axis_ids(n), n > (len(lines) - 1) * len(COLUMNS)
     steps = [row["step"] for row in rows] or [0, 1]
     first, last = min(steps), max(steps)
     both = dict(
@@ -994,20 +1043,25 @@ def panel_axes(rows: list[dict[str, Any]], n: int, limits: list[float], log: boo
         unifiedhovertitle=dict(text="step %{x}"),
         title=dict(text="step", standoff=4, font=dict(size=12)) if lowest else None,
     )
-    yaxis = dict(both, domain=LINES[(n - 1) // 2], anchor=x, range=limits, nticks=6, tickformat="~g")
+    yaxis = dict(both, domain=lines[(n - 1) // 2], anchor=x, range=limits, nticks=6, tickformat="~g")
     if log:
         yaxis |= dict(type="log", dtick=1 if limits[1] - limits[0] > 2 else "D2")
     return {"xaxis" + x[1:]: xaxis, "yaxis" + y[1:]: yaxis}
+
+# %% ../../nbs/report/00_figures.ipynb #figagnt2
+def panel_places(rows: Sequence[Mapping[str, Any]]) -> tuple[int, tuple[tuple[float, float], ...]]:
+    "Return the height of the figure of a run in pixels, and the domains of the lines of its `run_panels`."
+    return (HEIGHT, LINES) if len(run_panels(rows)) > len(COLUMNS) else (LOW_HEIGHT, ONE_LINE)
 
 # %% ../../nbs/report/00_figures.ipynb #4a6706ab
 def panel(
     rows: list[dict[str, Any]], n: int, terms: dict[str, Term] | None = None
 ) -> tuple[list[go.Scatter], dict[str, Any], list[dict[str, Any]]]:
-    """Return traces, axes and annotations of panel `n` (from 1) of `panels_of` the `terms`, by default those
-    of `rr`."""
-    terms = terms or run_terms()
-    title, log, lines, top = panels_of(terms)[n - 1]
-    (x, y), row = axis_ids(n), LINES[(n - 1) // 2]
+    """Return traces, axes and annotations of panel `n` (from 1) of the `run_panels` with the `terms`, by
+    default those of `rr`."""
+    terms, (height, domains) = terms or run_terms(), panel_places(rows)
+    title, log, lines, top = run_panels(rows, terms)[n - 1]
+    (x, y), row = axis_ids(n), domains[(n - 1) // 2]
     limits = axis_range(np.concatenate([series(rows, key)[1] for key in lines]), log, top)
     labels = {LINE_OF[name]: short(term.title) for name, term in terms.items()}
     traces = [
@@ -1029,12 +1083,12 @@ def panel(
     )
     notes = [dict(corner, text=title + (" (▽ below it)" if low else ""), font=dict(size=13))]
     if len(traces) > 1:
-        notes += end_labels(traces, n, limits, log, (row[1] - row[0]) * (HEIGHT - MARGIN["t"] - MARGIN["b"]))
+        notes += end_labels(traces, n, limits, log, (row[1] - row[0]) * (height - MARGIN["t"] - MARGIN["b"]))
     if rows and not any(np.isfinite(t.y).any() for t in traces):
         notes.append(
             dict(text="not measured", x=0.5, xref=f"{x} domain", y=0.5, yref=f"{y} domain", showarrow=False)
         )
-    return traces, panel_axes(rows, n, limits, log), notes
+    return traces, panel_axes(rows, n, limits, log, domains), notes
 
 # %% ../../nbs/report/00_figures.ipynb #figlook1
 LOOK = dict(  # of every figure: ground and text suit light and dark pages
@@ -1051,7 +1105,8 @@ LOOK = dict(  # of every figure: ground and text suit light and dark pages
 # %% ../../nbs/report/00_figures.ipynb #0fe102d3
 def curves(rows: list[dict[str, Any]], terms: dict[str, Term] | None = None) -> go.Figure:
     """Return six panels over the steps of a run, from rows of metrics.jsonl (missing and null values are
-    gaps; no rows give an empty frame), in the words of its `terms` (`terms_in`; by default those of `rr`).
+    gaps; no rows give an empty frame), in the words of its `terms` (`terms_in`; by default those of `rr`);
+    two of a run of the agent stage.
 
     Left the terms before weighting, each in its unit; right the weighted terms with the loss, the
     coefficients, the gradient norms. Zooming one panel zooms the steps of all; zoom survives an update.
@@ -1062,7 +1117,7 @@ def curves(rows: list[dict[str, Any]], terms: dict[str, Term] | None = None) -> 
                 f"row {number} of the metrics has {cut(repr(row.get('step')), 40)} for its step; every row "
                 "needs a number there."
             )
-    panels = [panel(rows, n, terms) for n in range(1, len(PANELS) + 1)]
+    panels = [panel(rows, n, terms) for n in range(1, len(run_panels(rows)) + 1)]
     axes = {key: axis for _, both, _ in panels for key, axis in both.items()}
     notes = [note for _, _, more in panels for note in more]
     if not rows:
@@ -1082,7 +1137,7 @@ def curves(rows: list[dict[str, Any]], terms: dict[str, Term] | None = None) -> 
         dict(
             axes,
             annotations=notes,
-            height=HEIGHT,
+            height=panel_places(rows)[0],
             margin=MARGIN,
             uirevision="curves",
             meta=summary(rows, terms),
@@ -1540,7 +1595,7 @@ body { color: var(--text); background: var(--ground); font: 15px/1.5 system-ui, 
 h1, td, th { overflow-wrap: anywhere; } h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .9rem .25rem 0; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child, .text td { text-align: left; white-space: normal; } tbody th { font-weight: normal; } svg { max-width: 100%; height: auto; }
+th:first-child, .text td, .text th { text-align: left; white-space: normal; } .text td, .text th { vertical-align: top; min-width: 7em; } tbody th { font-weight: normal; } svg { max-width: 100%; height: auto; }
 caption { text-align: left; font-weight: 600; padding: .75rem 0 .25rem; }
 .wide { overflow-x: auto; } .dial td { white-space: normal; min-width: 6.2em; vertical-align: top; } .dial tbody th { white-space: nowrap; }
 </style></head><body>
@@ -1551,13 +1606,13 @@ caption { text-align: left; font-weight: 600; padding: .75rem 0 .25rem; }
 <table><thead><tr><th scope="col">measure</th>{% for c in columns %}<th scope="col">{{ c }}</th>{% endfor %}</tr></thead><tbody>
 {% for name, cells in lines %}<tr><th scope="row">{{ name }}</th>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table>
-{% if "n" in columns %}<p>n: how many answers stand behind a rate. — is what was not measured.</p>
-{% endif %}{% if divergence %}<h2>KL by kind of token, beside exact match</h2>
-<p>{{ divergence_words }}</p>
-{% for part in divergence %}<table><caption>{{ part.title }}</caption><thead><tr><th scope="col">{{ part.head }}</th>{% for c in part.columns %}<th scope="col">{{ c }}</th>{% endfor %}</tr></thead><tbody>
+{% if "n" in columns %}<p>n: how many answers stand behind a rate. Behind a mean over tokens they are transcripts. — is what was not measured.</p>
+{% endif %}{% for section in sections %}<h2>{{ section.title }}</h2>
+<p>{{ section.words }}</p>
+{% for part in section.tables %}<table{% if section.text %} class="text"{% endif %}>{% if part.title %}<caption>{{ part.title }}</caption>{% endif %}<thead><tr><th scope="col">{{ part.head }}</th>{% for c in part.columns %}<th scope="col">{{ c }}</th>{% endfor %}</tr></thead><tbody>
 {% for name, cells in part.lines %}<tr><th scope="row">{{ name }}</th>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table>
-{% endfor %}{% endif %}{% if loop_lines %}<h2>Acting with tools</h2>
+{% endfor %}{% endfor %}{% if loop_lines %}<h2>Acting with tools</h2>
 {% for note in loop_notes %}<p>{{ note }}</p>{% endfor %}
 <table><thead><tr><th scope="col">measure</th>{% for c in loop_columns %}<th scope="col">{{ c }}</th>{% endfor %}</tr></thead><tbody>
 {% for name, cells in loop_lines %}<tr><th scope="row">{{ name }}</th>{% for cell in cells %}<td>{{ cell }}</td>{% endfor %}</tr>
@@ -1621,6 +1676,30 @@ def table_parts(tables: Iterable[tuple[str, pd.DataFrame]]) -> list[dict[str, An
         for title, t in tables
     ]
 
+# %% ../../nbs/report/00_figures.ipynb #figsect1
+def page_sections(
+    results: dict[str, dict[str, Any]], floor: dict[str, Any] | None, examples: pd.DataFrame | None
+) -> list[dict[str, Any]]:
+    """Return what the page of a run shows behind its figures, each with `title`, `words`, `tables` and
+    whether these are `text`: the `divergence_tables` and the `suite_table` of its `results`, and `examples`
+    of its answers."""
+    by_kind, suites = divergence_tables(results, floor), suite_table(results)
+    tables = {
+        "KL by kind of token, beside exact match": by_kind,
+        "By suite": [("", suites)] if len(suites) else [],
+        "Some answers": [] if examples is None or not len(examples) else [("", examples)],
+    }
+    words = (
+        divergence_words(results) if by_kind else "",
+        "Of the questions that were asked; nothing of a suite that is held out was trained on.",
+        "A few questions of each kind, those first whose outcome changed.",
+    )
+    return [
+        {"title": title, "words": line, "tables": table_parts(own), "text": own and own[0][1] is examples}
+        for (title, own), line in zip(tables.items(), words)
+        if own
+    ]
+
 # %% ../../nbs/report/00_figures.ipynb #4bf0c0f9
 def report_page(
     title: str,
@@ -1636,6 +1715,7 @@ def report_page(
     attacks: dict[str, Any] | None = None,
     tamper: dict[str, Any] | None = None,
     results: dict[str, dict[str, Any]] | None = None,
+    examples: pd.DataFrame | None = None,
 ) -> str:
     """Return one self-contained page (str, well-formed as XML too) with the result table, the curves and the
     parameters of a run, in the words of its `terms` (`terms_in`; by default those of `rr`), and where there
@@ -1644,8 +1724,8 @@ def report_page(
     `title`, `notes`, parameters and the table's names may come from anyone: all are escaped. `table` is shown
     as by `readable_table`, with the rounding `floor`; `dials` by name, a section each (`dial_section`);
     `answers` links the page of all answers (empty: none); `attacks` is an attacks.json, and
-    `tamper` a tamper.json (None: there was none); of `results` (`results_of`) the `divergence_tables` are
-    shown."""
+    `tamper` a tamper.json (None: there was none); `results` (`results_of`) and `examples`, a table of
+    text, are shown as by `page_sections`."""
     text, acted = readable_table(table, floor), loop_table(loops or {})
     broken = attack_table(attacks) if attacks else pd.DataFrame()
     opened = tamper_table(tamper) if tamper else pd.DataFrame()
@@ -1661,8 +1741,7 @@ def report_page(
         notes=[visible(note) for note in notes],
         columns=list(text.columns),
         lines=list(zip(text.index, text.values.tolist(), strict=True)),
-        divergence=table_parts(by_kind := divergence_tables(results or {}, floor)),
-        divergence_words=divergence_words(results or {}) if by_kind else "",
+        sections=page_sections(results or {}, floor, examples),
         loop_columns=list(acted.columns),
         loop_lines=list(zip(acted.index, acted.values.tolist(), strict=True)),
         loop_notes=loop_notes(loops or {}),
@@ -1695,14 +1774,15 @@ def write_report(
     attacks: dict[str, Any] | None = None,
     tamper: dict[str, Any] | None = None,
     results: dict[str, dict[str, Any]] | None = None,
+    examples: pd.DataFrame | None = None,
 ) -> Path:
     """Write `report_page` to `path` under a temporary name, then rename it; return the path. Offline,
     script-free, light and dark.
 
     `rows` of metrics.jsonl, `table` a frame of numbers (one row per measure, e.g. columns before, after),
     `parameters` name → value; `floor` as in `readable_table`, `terms` as in `curves`,
-    `loops`, `dials`, `answers`, `attacks`, `tamper` and `results` as in `report_page`."""
-    more = (loops, dials, answers, attacks, tamper, results)
+    `loops`, `dials`, `answers`, `attacks`, `tamper`, `results` and `examples` as in `report_page`."""
+    more = (loops, dials, answers, attacks, tamper, results, examples)
     page = report_page(title, rows, table, parameters, notes, floor, terms, *more)
     write_owned(path, withhold(page).encode())
     return Path(path)

@@ -28,14 +28,14 @@ from ..config import CircuitBreakerConfig, ConfigError, check_limits, convert_va
 __all__ = ['ValueCheck', 'STEPS', 'NAME', 'PATH', 'WORDS', 'PAGE', 'STATES', 'LINE', 'LABEL', 'HEX', 'ALARM', 'ALARMS', 'NOTES',
            'WITH_FLOOR', 'ROUNDING_FLOOR', 'SECONDS', 'TERM', 'STATUS_FIELDS', 'STATUS', 'SETTING', 'SETTINGS',
            'PARAMETERS', 'EVALUATION_TEXTS', 'EVALUATED', 'SHARE', 'TOKENS', 'COSINE_CHECK', 'RATE_FIELDS',
-           'SHARE_FIELDS', 'TALLY', 'DECODING_CHECKS', 'TOKEN_FIGURES', 'FIGURE_CHECKS', 'FIGURES', 'SCALE_POINT',
-           'DIAL', 'REASON', 'LOOP', 'RESULT', 'ATTACK_RATES', 'ATTACK_POINT', 'ATTACK', 'ATTACKED', 'TAMPER_COUNTS',
-           'TAMPER_POINT', 'TAMPER', 'TAMPERED', 'VERDICT', 'POINT', 'CHECK_RESULT', 'PREFLIGHT', 'KEY', 'CODE_STATE',
-           'PLAN', 'ARRAY', 'JOBS', 'TEMPLATE', 'IDS', 'PROMPT', 'HASHES', 'FIGURES_OF', 'ORIGINS', 'ANSWER',
-           'EPISODE_META', 'EPISODE', 'STEP', 'VALUE', 'MEASURE_PREFIXES', 'RECORDS', 'SMALL', 'wants', 'is_plain',
-           'plain_value', 'whole_number', 'number', 'text', 'one_of', 'flag', 'moment', 'maybe', 'each', 'mapping',
-           'fields', 'either', 'floor', 'setting_check', 'settings', 'count', 'metrics_row', 'fault', 'record_of',
-           'read_record']
+           'SHARE_FIELDS', 'SUITE_RATES', 'TALLY', 'DECODING_CHECKS', 'INTERVAL', 'TOKEN_FIGURES', 'FIGURE_CHECKS',
+           'FIGURES', 'SCALE_POINT', 'DIAL', 'REASON', 'LOOP', 'RESULT', 'ATTACK_RATES', 'ATTACK_POINT', 'ATTACK',
+           'ATTACKED', 'TAMPER_COUNTS', 'TAMPER_POINT', 'TAMPER', 'TAMPERED', 'VERDICT', 'POINT', 'CHECK_RESULT',
+           'PREFLIGHT', 'KEY', 'CODE_STATE', 'PLAN', 'ARRAY', 'JOBS', 'TEMPLATE', 'IDS', 'PROMPT', 'HASHES',
+           'FIGURES_OF', 'ORIGINS', 'ANSWER', 'EPISODE_META', 'EPISODE', 'STEP', 'VALUE', 'MEASURE_PREFIXES', 'RECORDS',
+           'SMALL', 'wants', 'is_plain', 'plain_value', 'whole_number', 'number', 'text', 'one_of', 'flag', 'moment',
+           'maybe', 'each', 'mapping', 'fields', 'either', 'floor', 'setting_check', 'settings', 'count', 'metrics_row',
+           'fault', 'record_of', 'read_record']
 
 # %% ../../nbs/run/01_records.ipynb #rec00003
 ValueCheck = Callable[[Any, str], Iterator[str]]  # of a value and its place: one sentence per fault
@@ -359,7 +359,8 @@ RATE_FIELDS = (
     "obeyed_in_words",
     "unparseable",
 )
-SHARE_FIELDS = ("exact_match", "marker_fidelity", "heldout_top1")  # by kind or domain
+SHARE_FIELDS = ("exact_match", "well_formed", "marker_fidelity", "heldout_top1")  # by kind or domain
+SUITE_RATES = ("attack_success", "exact_match")  # of answers, by suite
 TALLY = mapping(whole_number(), 1000)
 
 # %% ../../nbs/run/01_records.ipynb #72d9f9bf
@@ -378,13 +379,14 @@ DECODING_CHECKS = fields(
 )
 
 # %% ../../nbs/run/01_records.ipynb #rec1kind
+INTERVAL = maybe(each(maybe(number()), 2, 2))
 TOKEN_FIGURES = fields(
     {
         "tokens": whole_number(1),
         "transcripts": whole_number(1),
         "agreed": whole_number(),
         "top1": maybe(SHARE),
-        "interval": maybe(each(maybe(number()), 2, 2)),
+        "interval": INTERVAL,
         **dict.fromkeys(("kl", "worst", "p99"), maybe(number())),
     },
     "tokens",
@@ -396,8 +398,10 @@ FIGURE_CHECKS: dict[str, ValueCheck] = {
     **dict.fromkeys(RATE_FIELDS, maybe(SHARE)),
     **dict.fromkeys(SHARE_FIELDS, mapping(maybe(SHARE), 1000)),
     "harmful_cosine": maybe(COSINE_CHECK),
-    "heldout_kl": mapping(maybe(number()), 1000),
+    **dict.fromkeys(("heldout_ce", "heldout_kl"), mapping(maybe(number()), 1000)),
     "heldout_tokens": mapping(mapping(TOKEN_FIGURES, 100), 1000),
+    "suites": mapping(fields({**dict.fromkeys(SUITE_RATES, count), "held_out": flag}, "held_out"), 1000),
+    "intervals": mapping(fields({"interval": INTERVAL, "transcripts": whole_number(1)}), 1000),
     "n": TALLY,
     "counts": mapping(either(mapping(count, 1000), count), 1000),
     "finish": TALLY,
@@ -469,6 +473,7 @@ RESULT = fields(
         "floor": floor,
         "data": fields({"notes": NOTES}),
         "changes": NOTES,
+        "folder": LINE,  # of the model that the agent stage has made
     }
 )
 

@@ -5,15 +5,14 @@
 # %% ../../nbs/sft/03_figures.ipynb #sft03im1
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
-from scipy.special import stdtrit
 from torch import nn
 
 from ..basics.terminal import tell_progress
@@ -22,12 +21,14 @@ from ..data.streams import EmptyStream, Sample, encode_stream, pad_rows
 from ..evaluate.answers import answer_questions, plain_figures
 from ..evaluate.benchmarks import questions
 from ..evaluate.decoding import Decoding
-from ..evaluate.evaluation import describe_decoding
+from ..evaluate.evaluation import describe_decoding, target_kinds
 from ..evaluate.reader import AnswerReader
 from ..evaluate.scores import group_of, pick_questions, share, without_question
+from ..evaluate.token_kinds import kind_figures, mean_intervals, token_kinds
 
 # %% auto #0
-__all__ = ['call_figures', 'agent_answers', 'heldout_samples', 'ratio_interval', 'final_states', 'row_sums', 'heldout_figures']
+__all__ = ['call_figures', 'suite_figures', 'agent_answers', 'heldout_samples', 'final_states', 'target_values',
+           'heldout_targets', 'interval_figures', 'domains_of', 'heldout_figures']
 
 # %% ../../nbs/sft/03_figures.ipynb #sft03sp1
 from ..masking.masker import ChatMasker
@@ -36,6 +37,7 @@ from ..step.fused_kl import chunk_for
 from ..step.heads import find_head, teacher_logits
 from ..step.losses import token_kl, token_log_prob
 from ..step.models import find_decoder, teacher_mode
+from ..transcripts.holdout import suite_of
 from ..transcripts.record import Transcript
 
 # %% ../../nbs/sft/03_figures.ipynb #sft03fn1
@@ -50,6 +52,20 @@ def call_figures(lines: Sequence[dict]) -> dict[str, Any]:
     counts = {group: [sum(values), len(values)] for group, values in groups.items()}
     return {"well_formed": {g: share(v) for g, v in groups.items()}, "counts": {"well_formed": counts}}
 
+# %% ../../nbs/sft/03_figures.ipynb #sft03fna
+def suite_figures(
+    lines: Sequence[dict], asks: Sequence[Transcript], train_suites: Collection[str]
+) -> dict[str, dict[str, Any]]:
+    """Return `[hits, answers]` of `attack_success` and `exact_match` by suite, of the answers in `lines` to
+    the questions `asks` that name one, and whether it is `held_out`: none of `train_suites`."""
+    suite, hits = {q.id: suite_of(q) for q in asks}, defaultdict[str, dict[str, list[bool]]](dict)
+    for line in lines:
+        for name in ("attack_success", "exact_match"):
+            if suite[line["id"]] and name in line["scores"]:
+                hits[suite[line["id"]]].setdefault(name, []).append(line["scores"][name])
+    counts = {s: {name: [sum(v), len(v)] for name, v in own.items()} for s, own in sorted(hits.items())}
+    return {s: {**own, "held_out": s not in train_suites} for s, own in counts.items()}
+
 # %% ../../nbs/sft/03_figures.ipynb #sft03fn2
 def agent_answers(
     model: nn.Module,
@@ -60,23 +76,26 @@ def agent_answers(
     reader: AnswerReader,
     folder: Path | None = None,
     stage: str = "",
+    train_suites: Collection[str] = (),
 ) -> dict[str, Any]:
     """Return the figures of the answers to `count` held-out questions of each kind: `plain_figures`,
-    `call_figures`, `describe_decoding` and `not_asked`. With a `folder` answers are kept in its answers.jsonl
-    under the name `stage`, and are not made again."""
+    `call_figures`, `suites` (`suite_figures` by `train_suites`), `describe_decoding` and `not_asked`.
+    With a `folder` answers are kept in its answers.jsonl under the name `stage`, and are not made again."""
     asks = pick_questions([question for t in transcripts for question in questions(t)], count)
     lines = answer_questions(model, masker, reader, asks, decoding, folder=folder, stage=stage)
     figures, calls = plain_figures(lines), call_figures(lines)
     figures["counts"] |= calls.pop("counts")
+    calls["suites"] = suite_figures(lines, asks, train_suites)
     about = describe_decoding(model, masker, reader, decoding)
     return figures | calls | {"not_asked": without_question(transcripts)} | about
 
 # %% ../../nbs/sft/03_figures.ipynb #sft03fn3
 def heldout_samples(
-    transcripts: Sequence[Transcript], masker: ChatMasker, config: CircuitBreakerConfig
+    transcripts: Sequence[Transcript], masker: ChatMasker, config: CircuitBreakerConfig, reader: AnswerReader
 ) -> tuple[dict[str, list[Sample]], list[str]]:
     """Return the held-out rows by kind (`attack` for harmful transcripts), encoded as training encodes them,
-    and sentences on what was dropped and cut. Raises ValueError where nothing is left of any."""
+    with the kinds of their tokens by the `reader` of the `masker`, and sentences on what was dropped and cut.
+    Raises ValueError where nothing is left of any."""
     kinds: dict[str, list[Transcript]] = defaultdict(list)
     for t in transcripts:
         kinds["attack" if t.label == "harmful" else group_of(t)].append(t)
@@ -88,6 +107,7 @@ def heldout_samples(
             config.truncation,
             config.split_turns,
             config.lost_context,
+            lambda encoding, t: token_kinds(encoding, t, reader),
         )
         try:
             samples[kind], report = encode_stream(own, masker, POLICY, *how)
@@ -100,20 +120,6 @@ def heldout_samples(
         )
     return samples, notes
 
-# %% ../../nbs/sft/03_figures.ipynb #sft03fn4
-def ratio_interval(sums: Sequence[float], counts: Sequence[int]) -> tuple[float, float, float]:
-    """Return mean, low and high of `sums` by `counts`, a pair for each row: the ratio of the totals with its
-    95 % interval over rows, which is infinite for one row. Raises ValueError for no count."""
-    n, total = len(counts), sum(counts)
-    if not total:
-        raise ValueError("there is nothing to average: no held-out row has a target")
-    mean = sum(sums) / total
-    if n < 2:
-        return mean, -math.inf, math.inf
-    residuals = sum((s - mean * c) ** 2 for s, c in zip(sums, counts))
-    half = float(stdtrit(n - 1, 0.975)) * math.sqrt(n / (n - 1) * residuals) / total
-    return mean, mean - half, mean + half
-
 # %% ../../nbs/sft/03_figures.ipynb #sft03fn5
 def final_states(model: nn.Module, rows: dict[str, torch.Tensor]) -> torch.Tensor:
     """Return the final hidden states [N, d] of a causal language model before each target of padded `rows`
@@ -123,64 +129,105 @@ def final_states(model: nn.Module, rows: dict[str, torch.Tensor]) -> torch.Tenso
     return output.last_hidden_state.flatten(0, 1)[rows["predicting_index"]]
 
 # %% ../../nbs/sft/03_figures.ipynb #sft03fn7
-def row_sums(
+def target_values(
     rows: dict[str, torch.Tensor],
     ours: torch.Tensor,
     logits: Callable,
     theirs: torch.Tensor | None = None,
     their_logits: Callable | None = None,
 ) -> torch.Tensor:
-    """Return [B, 2] in float64 for padded `rows`: targets, and their cross-entropy in nats, by the final
-    states `ours` [N, d] of a model and its `logits` ([n, d] → [n, V]); and with those of another model [B,
-    4], the KL(theirs ‖ ours) too, and the number of targets at which both find the same token likeliest."""
-    ids, before = rows["input_ids"], rows["predicting_index"]
-    size = chunk_for(logits(ours[:1]).shape[-1], ours.device)
-    columns: list[list[torch.Tensor]] = [[], [], [], []] if theirs is not None else [[], []]
+    """Return [N, 1] in float64 for the N targets of padded `rows`: their cross-entropy in nats, by the final
+    states `ours` [N, d] of a model and its `logits` ([n, d] → [n, V]); and with those of another model [N,
+    3], the KL(theirs ‖ ours) too, and whether both find the same token likeliest, 1 or 0."""
+    ids, before = rows["input_ids"].flatten(), rows["predicting_index"]
+    size, parts = chunk_for(logits(ours[:1]).shape[-1], ours.device), []
     for at in torch.arange(len(before), device=ours.device).split(size):
         own = logits(ours[at])
-        parts = [torch.ones(len(at)), -token_log_prob(own, ids.flatten()[before[at] + 1])]
+        values = [-token_log_prob(own, ids[before[at] + 1])]
         if theirs is not None and their_logits is not None:
             other = their_logits(theirs[at])
-            parts += [token_kl(own, other), own.argmax(-1) == other.argmax(-1)]
-        for column, values in zip(columns, parts, strict=True):
-            column.append(values.double().cpu())
-    values = torch.stack([torch.cat(column) for column in columns], dim=-1)
-    out = torch.zeros(len(ids), len(columns), dtype=torch.float64)
-    return out.index_add_(0, (before // ids.shape[1]).cpu(), values)
+            values += [token_kl(own, other), own.argmax(-1) == other.argmax(-1)]
+        parts.append(torch.stack([value.double().cpu() for value in values], dim=-1))
+    return torch.cat(parts)
 
 # %% ../../nbs/sft/03_figures.ipynb #sft03fn6
 @torch.no_grad()
+def heldout_targets(
+    model: nn.Module,
+    samples: Sequence[Sample],
+    pad_id: int,
+    base: PeftModel | None,
+    numbers: dict[str, int],
+    batch_size: int,
+    what: str,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the `target_values` of all targets of `samples` ([N, 1], with a `base`, whose adapter is off,
+    [N, 3]), their kinds (uint8 [N]) and their owners (int64 [N], by the `numbers` of the transcripts).
+    Progress is told as `what`."""
+    head, device = find_head(model.eval()), next(model.parameters()).device
+    of_base = None if base is None else teacher_logits(base, find_head(base), None)
+    own = sorted(samples, key=lambda sample: len(sample.input_ids))
+    batches, parts = [own[i : i + batch_size] for i in range(0, len(own), batch_size)], []
+    for batch in tell_progress(batches, what):
+        rows, theirs = {name: t.to(device) for name, t in pad_rows(batch, pad_id).items()}, None
+        if base is not None:
+            with teacher_mode(base):
+                theirs = final_states(base, rows)
+        figures = target_values(rows, final_states(model, rows), head.logits, theirs, of_base)
+        about = target_kinds(batch, numbers)
+        parts.append((figures.numpy(), about["kinds"].numpy(), about["owners"].numpy()))
+    values, kinds, owners = map(np.concatenate, zip(*parts))
+    return values, kinds, owners
+
+# %% ../../nbs/sft/03_figures.ipynb #sft03fn4
+def interval_figures(values: np.ndarray, owners: np.ndarray) -> list[dict[str, Any]]:
+    """Return for each column of `values` [N, K], one row a target, what stands behind its mean: its
+    `interval` over transcripts (None: there is one, or all are alike, so that nothing can be said) and the
+    numbers of `transcripts` and `tokens`. `owners` int [N]: whose targets they are."""
+    ids = np.unique(owners, return_inverse=True)[1].reshape(-1)
+    counts = np.repeat(np.bincount(ids)[:, None], values.shape[1], axis=1)
+    sums = np.stack([np.bincount(ids, column) for column in values.T], axis=1)
+    have = {"transcripts": len(counts), "tokens": len(values)}
+    ends = mean_intervals(sums, counts).T.tolist()
+    return [{"interval": pair if pair[0] < pair[1] else None} | have for pair in ends]
+
+# %% ../../nbs/sft/03_figures.ipynb #sft03fn9
+def domains_of(transcripts: Sequence[Transcript]) -> dict[str, str]:
+    "Return `meta.domain` of the `transcripts` by id, `in_domain` where there is none."
+    return {t.id: str(t.meta.get("domain", "in_domain")) for t in transcripts}
+
+# %% ../../nbs/sft/03_figures.ipynb #sft03fn8
 def heldout_figures(
     model: nn.Module,
     samples: dict[str, list[Sample]],
     pad_id: int,
     base: PeftModel | None = None,
+    domains: Mapping[str, str] | None = None,
     batch_size: int = 8,
     stage: str = "",
 ) -> dict[str, Any]:
     """Return `heldout_ce` of the held-out `samples` by kind, and with a `base` (its adapter is off)
-    `heldout_kl`, KL(base ‖ model) in nats, and `heldout_top1`, the share of targets at which both find the
-    same token likeliest; and `intervals`, by the row of a table: `low` and `high` (None: one row), `rows`,
-    `tokens`."""
-    head, device = find_head(model.eval()), next(model.parameters()).device
-    of_base = None if base is None else teacher_logits(base, find_head(base), None)
-    figures: dict[str, Any] = {"heldout_ce": {}} | ({"heldout_kl": {}, "heldout_top1": {}} if base else {})
-    intervals = {}
+    `heldout_kl`, KL(base ‖ model) in nats; `heldout_top1`, the share of targets at which both find the same
+    token likeliest; and `heldout_tokens`, both by kind of token (`cbnb.evaluate.token_kinds.kind_figures`)
+    and by the `domains` of the transcripts, by id (`in_domain` for one that is not there). `intervals`: the
+    `interval_figures` of the means, by the row of a table."""
+    ids = [sample.transcript for own in samples.values() for sample in own]
+    numbers = {name: n for n, name in enumerate(dict.fromkeys(ids))}
+    names = ("heldout_ce",) if base is None else ("heldout_ce", "heldout_kl", "heldout_top1")
+    figures: dict[str, Any] = {name: {} for name in names}
+    intervals, parts = {}, []
     for kind, own in samples.items():
-        own = sorted(own, key=lambda sample: len(sample.input_ids))
-        batches = [own[i : i + batch_size] for i in range(0, len(own), batch_size)]
-        parts = []
-        for batch in tell_progress(batches, f"{stage}: held-out {kind}, batches"):
-            rows = {name: t.to(device) for name, t in pad_rows(batch, pad_id).items()}
-            theirs = None
-            if base is not None:
-                with teacher_mode(base):
-                    theirs = final_states(base, rows)
-            parts.append(row_sums(rows, final_states(model, rows), head.logits, theirs, of_base))
-        sums = torch.cat(parts)
-        for column, name in enumerate(figures, 1):
-            mean, low, high = ratio_interval(sums[:, column].tolist(), sums[:, 0].int().tolist())
-            figures[name][kind] = mean
-            ends = {"low": low, "high": high} if math.isfinite(high) else {"low": None, "high": None}
-            intervals[f"{name} {kind}"] = ends | {"rows": len(own), "tokens": int(sums[:, 0].sum())}
+        what = f"{stage}: held-out {kind}, batches"
+        values, *about = heldout_targets(model, own, pad_id, base, numbers, batch_size, what)
+        for name, mean, have in zip(names, values.mean(0).tolist(), interval_figures(values, about[1])):
+            figures[name][kind], intervals[f"{name} {kind}"] = mean, have
+        parts.append((values, *about))
+    if base is not None:
+        values, kinds, owners = map(np.concatenate, zip(*parts))
+        of = np.array([(domains or {}).get(name, "in_domain") for name in numbers])[owners]
+        places = {d: of == d for d in dict.fromkeys(of.tolist())}
+        figures["heldout_tokens"] = {
+            d: kind_figures(values[at, 1], values[at, 2] > 0, kinds[at], owners[at])
+            for d, at in places.items()
+        }
     return figures | {"intervals": intervals}

@@ -30,15 +30,15 @@ __all__ = ['LARGEST_KL', 'UNSAFE', 'merged_model', 'save_agent', 'merge_kl', 'wr
            'agent_card', 'keep_agent']
 
 # %% ../../nbs/sft/04_folder.ipynb #sft04sp1
-from ..report.figures import all_notes, data_notes, readable_table, result_table, results_of
+from ..report.figures import all_notes, data_notes, readable_table, result_table, results_of, suite_table
 from ..run.settings import template_of
 from ..run.stages import Run
-from .figures import final_states, row_sums
+from .figures import final_states, target_values
 from .settings import check_place, config_record, run_names
 from ..step.heads import find_head
 from ..step.loaders import read_config, read_tokenizer
 from ..step.models import add_adapter, load_model
-from ..train.card import last_parts, markdown_table
+from ..train.card import divergence_section, last_parts, markdown_table
 from ..train.store import keep_folder
 
 # %% ../../nbs/sft/04_folder.ipynb #sft04fn1
@@ -94,8 +94,8 @@ def merge_kl(
     `LARGEST_KL` of that dtype."""
     rows = {name: t.to(student.device) for name, t in pad_rows(samples, pad_id).items()}
     ours, theirs = (final_states(side.eval(), rows) for side in (model, student))
-    sums = row_sums(rows, ours, find_head(model).logits, theirs, find_head(student).logits).sum(0)
-    if not (kl := float(sums[2] / sums[0])) <= LARGEST_KL[dtype]:
+    values = target_values(rows, ours, find_head(model).logits, theirs, find_head(student).logits)
+    if not (kl := float(values[:, 1].mean())) <= LARGEST_KL[dtype]:
         raise RunError(
             f"the merged model is not the one that was trained: its KL to it is {kl:.3g} nats per token, and "
             f"rounding makes at most {LARGEST_KL[dtype]:g}"
@@ -165,7 +165,7 @@ UNSAFE = (
 # %% ../../nbs/sft/04_folder.ipynb #sft04sp2
 def agent_card(record: dict[str, Any]) -> str:
     "Return the card of a fine-tuned model as Markdown with a YAML head, from the `agent_record`."
-    base, counts = record["base"], record["data"]
+    base, counts, suites = record["base"], record["data"], suite_table(results_of(record))
     head = {
         "base_model": base,
         "library_name": "transformers",
@@ -189,6 +189,8 @@ def agent_card(record: dict[str, Any]) -> str:
         f"- fingerprint of tokens and masks: `{record['fingerprint']}`",
         *(f"- {note}" for note in data_notes({"data": counts})),
         *("", "## Held out, before and after", "", markdown_table(table), ""),
+        *divergence_section(results_of(record), None),
+        *(["### By suite", "", markdown_table(suites), ""] if len(suites) else []),
         *(f"- {note}" for note in all_notes(results_of(record))),
         f"- KL of this model to base and adapter, before they were merged: {record['merge_kl']:.1e} nats",
         *("", "## Settings", "", markdown_table(settings), ""),

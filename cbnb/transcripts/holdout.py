@@ -17,7 +17,7 @@ from .record import Transcript, nearest, source_run
 from .spool import those
 
 # %% auto #0
-__all__ = ['HELDOUT_BY', 'HELD_OUT', 'prompt_key', 'task_keys', 'keys_of', 'heldout_kinds', 'hold_out', 'key_counts',
+__all__ = ['HELDOUT_BY', 'HELD_OUT', 'prompt_key', 'task_keys', 'suite_of', 'keys_of', 'heldout_kinds', 'hold_out', 'key_counts',
            'count_choices', 'draw_keys', 'Parted', 'thin_parts', 'check_known', 'draw_stream', 'part', 'count_shared',
            'held_lines']
 
@@ -61,6 +61,12 @@ def task_keys(transcript: Transcript) -> dict[str, str]:
     numbers = {"task": user, "injection": injection}
     keys = {kind: f"{suite}/{key}" for kind, key in numbers.items() if key is not None}
     return keys | ({"suite": str(suite)} if suite and keys else {})
+
+# %% ../../nbs/transcripts/13_holdout.ipynb #hosuite1
+def suite_of(transcript: Transcript) -> str:
+    "Return the suite that a transcript is of, empty where its `meta` names none."
+    meta = transcript.meta
+    return str(task_keys(transcript).get("suite") or meta.get("suite") or meta.get("suite_name") or "")
 
 # %% ../../nbs/transcripts/13_holdout.ipynb #a3a1fee1
 def keys_of(transcript: Transcript) -> dict[str, str]:

@@ -18,18 +18,20 @@ from typing import Any
 import anywidget
 import ipywidgets
 import numpy as np
+import pandas as pd
 import traitlets
 
 # %% auto #0
 __all__ = ['OUTCOMES', 'TASK_NAMES', 'LONGEST_TEXT', 'MOST_CASES', 'MOST_CHARACTERS', 'WANTED_WORDS', 'QUIET', 'TABLE_CASES',
-           'TABLE_TEXT', 'outcome_words', 'Action', 'Case', 'change_of', 'part_of', 'answer_message', 'answer_facts',
-           'answer_action', 'question_place', 'answer_cases', 'missing_notes', 'check_words', 'episode_outcomes',
-           'common_start', 'episode_facts', 'episode_name', 'episode_cases', 'asked_of', 'run_questions',
-           'without_dial', 'has_cases', 'read_cases', 'spell_lines', 'utf16_length', 'mark_text', 'shift_marks',
-           'call_text', 'message_parts', 'wanted_rows', 'case_state', 'last_words', 'case_order', 'stages_of',
-           'left_out_note', 'answers_state', 'outcome_table', 'move_table', 'cases_table', 'answers_html',
-           'answers_view', 'open_command', 'write_answers', 'action_token', 'evaluation_settings', 'masker_settings',
-           'has_adapter', 'adapter_of', 'ActionList', 'ActionExplorer', 'ActionBox', 'explore_answers']
+           'TABLE_TEXT', 'EXAMPLES', 'outcome_words', 'Action', 'Case', 'change_of', 'part_of', 'answer_message',
+           'answer_facts', 'answer_action', 'question_place', 'answer_cases', 'missing_notes', 'check_words',
+           'episode_outcomes', 'common_start', 'episode_facts', 'episode_name', 'episode_cases', 'asked_of',
+           'run_questions', 'without_dial', 'has_cases', 'read_cases', 'spell_lines', 'utf16_length', 'mark_text',
+           'shift_marks', 'call_text', 'message_parts', 'wanted_rows', 'case_state', 'last_words', 'case_order',
+           'stages_of', 'left_out_note', 'answers_state', 'outcome_table', 'move_table', 'action_words', 'cases_table',
+           'request_words', 'goal_words', 'example_table', 'answers_html', 'answers_view', 'open_command',
+           'write_answers', 'action_token', 'evaluation_settings', 'masker_settings', 'has_adapter', 'adapter_of',
+           'ActionList', 'ActionExplorer', 'ActionBox', 'explore_answers']
 
 # %% ../../nbs/widgets/06_answers.ipynb #40b8feb6
 from ..basics.jsonfiles import RunError
@@ -59,7 +61,7 @@ from ..report.figures import results_of
 from ..run.metrics import read_json_lines
 from ..run.records import read_record
 from ..run.settings import kept_template
-from ..transcripts.holdout import task_keys
+from ..transcripts.holdout import suite_of
 from ..transcripts.reader import read_transcripts
 from ..transcripts.record import Transcript, TranscriptError
 from .kl import KLExplorer, StillExplorer, explorer_parts, run_config
@@ -209,9 +211,8 @@ def answer_action(line: Mapping[str, Any], question: Transcript | None = None) -
 def question_place(t: Transcript) -> tuple[str, str, str]:
     "Return `(kind, suite, attack)` of a transcript, empty where its `meta` does not say them."
     meta = t.meta
-    suite = task_keys(t).get("suite") or meta.get("suite") or meta.get("suite_name") or ""
     attack = meta.get("attack") or meta.get("attack_type") or meta.get("attack_name") or ""
-    return tuple(str(v) for v in (meta.get("kind") or "", suite, attack))  # type: ignore[return-value]
+    return tuple(str(v) for v in (meta.get("kind") or "", suite_of(t), attack))  # type: ignore[return-value]
 
 # %% ../../nbs/widgets/06_answers.ipynb #982acda5
 def answer_cases(
@@ -719,6 +720,15 @@ def move_table(cases: Sequence[Case]) -> str:
     rows = [(*move, n) for move, n in moves.most_common(TABLE_CASES)]
     return table_html((*ends, "cases"), rows, f"What became of each outcome, {ends[0]} to {ends[1]}")
 
+# %% ../../nbs/widgets/06_answers.ipynb #ansexmp0
+def action_words(action: Action | None) -> str:
+    "Return the outcomes of an `action` and the beginning of what it said last; a dash for None."
+    if action is None:
+        return "–"
+    own = action.transcript.messages[action.start :]
+    last = action.raw or next(filter(None, map(last_words, reversed(own))), "")
+    return f"{', '.join(action.outcomes)}: {cut(last, TABLE_TEXT)}"
+
 # %% ../../nbs/widgets/06_answers.ipynb #b51f8f0d
 def cases_table(cases: Sequence[Case]) -> str:
     "Return the first cases as an HTML table, changed ones first: where they are from, and what was done."
@@ -726,16 +736,46 @@ def cases_table(cases: Sequence[Case]) -> str:
     for i in case_order(cases)[:TABLE_CASES]:
         c = cases[i]
         place = " · ".join(filter(None, (c.suite, c.kind, c.attack, c.way)))
-        cells = []
-        for stage in stages:
-            a = c.actions.get(stage)
-            own = a.transcript.messages[a.start :] if a else []
-            last = "" if a is None else a.raw or next(filter(None, map(last_words, reversed(own))), "")
-            cells.append(f"{', '.join(a.outcomes)}: {cut(last, TABLE_TEXT)}" if a else "–")
-        rows.append((c.id, place, *cells))
+        rows.append((c.id, place, *(action_words(c.actions.get(stage)) for stage in stages)))
     if len(cases) > TABLE_CASES:
         rows.append((f"… {len(cases) - TABLE_CASES:,} more", "", *("" for _ in stages)))
     return table_html(("case", "from", *stages), rows, "Cases, those first that changed")
+
+# %% ../../nbs/widgets/06_answers.ipynb #ansexmp2
+def request_words(case: Case) -> str:
+    "Return the beginning of the last thing that the user asked in a `case`; a dash where it is not known."
+    action = next(iter(case.actions.values()))
+    before = reversed(action.transcript.messages[: action.start])
+    said = (str(m.get("content") or "") for m in before if m["role"] == "user")
+    return cut(next(said, "") or "–", TABLE_TEXT)
+
+
+def goal_words(goals: Mapping[str, Any]) -> str:
+    "Return the call or the text that an attack has ordered, else the expected one; a dash for none."
+    calls = (goals.get(name) for name in ("injected_call", "expected_call"))
+    if call := next(filter(None, calls), None):
+        return cut(call_text(call), TABLE_TEXT)
+    return cut(str(goals.get("injected_text") or goals.get("expected_text") or "–"), TABLE_TEXT)
+
+# %% ../../nbs/widgets/06_answers.ipynb #ansexmp3
+EXAMPLES = 2  # cases of each kind that a report shows
+
+
+def example_table(cases: Sequence[Case]) -> pd.DataFrame:
+    """Return `EXAMPLES` cases of each kind as text, changed ones first: what was asked, what was expected or
+    ordered, and what each stage did."""
+    stages, numbers, rows = stages_of(cases), Counter[str](), {}
+    for case in (cases[i] for i in case_order(cases)):
+        kind = case.kind or case.label
+        numbers[kind] += 1
+        if numbers[kind] <= EXAMPLES:
+            cells = [action_words(case.actions.get(stage)) for stage in stages]
+            place = " · ".join(filter(None, (kind, case.suite, case.id)))
+            rows[place] = [request_words(case), goal_words(case.wanted), *cells]
+    table = {visible(place): [visible(cell) for cell in cells] for place, cells in rows.items()}
+    columns = ["asked", "expected, or ordered", *map(visible, stages)]
+    frame = pd.DataFrame.from_dict(table, orient="index", columns=columns, dtype=object)
+    return frame.sort_index().rename_axis("question")
 
 # %% ../../nbs/widgets/06_answers.ipynb #b232d561
 def answers_html(cases: Sequence[Case], notes: Iterable[str] = ()) -> str:

@@ -32,6 +32,14 @@ function readLayers(model) {
   return { blocks: given.blocks, cosine: array(Float32Array, given.cosine), distance: array(Float32Array, given.distance) };
 }
 
+// The kinds of tokens that there are, by name, and of which each token is; no names where that is not known.
+function readKinds(model) {
+  const given = model.get("kinds") || {};
+  return { names: given.names || [], values: array(Uint8Array, given.values) };
+}
+// Whether token i is of the kind that is chosen; `only` is empty for all.
+const isShown = ({ kinds, only }, i) => !only || kinds.names[kinds.values[i]] === only;
+
 // p·log(p/q) from logarithms, in nats. Where p is 0 it is 0; where only q is, infinite.
 function contribution(log_p, log_q) {
   const p = Math.exp(log_p);
@@ -53,18 +61,20 @@ function candidateRows(d, i, way) {
   return rows;
 }
 
-// Mean over the targets of the mask. Token 0 is predicted by nothing, so it is no target.
-function meanOver(d, way, s, mask) {
+// Mean over the shown targets of the mask. Token 0 is predicted by nothing, so it is no target.
+function meanOver(now, s) {
+  const { d, way, mask } = now;
   let total = 0, n = 0;
-  for (let i = 1; i < d.n; i++) if (mask[i]) { total += d[way][s * d.n + i]; n++; }
+  for (let i = 1; i < d.n; i++) if (mask[i] && isShown(now, i)) { total += d[way][s * d.n + i]; n++; }
   return { mean: n ? total / n : 0, n };
 }
 
 // Sums of KL by role or by part of a turn, in the order of the text; sums and shares are by student.
-function sharesOf({ d, tokens, mask, way }, by, all) {
+function sharesOf(now, by, all) {
+  const { d, tokens, mask, way } = now;
   const groups = new Map(), total = d.names.map(() => 0);
   for (let i = 1; i < d.n; i++) {
-    if (!all && !mask[i]) continue;
+    if (!all && !mask[i] || !isShown(now, i)) continue;
     const key = by === "role" ? roleAt(tokens, i) : tokens.names[tokens.segments[i]];
     if (!groups.has(key)) groups.set(key, { key, tokens: 0, inMask: 0, sums: d.names.map(() => 0) });
     const group = groups.get(key);
@@ -78,9 +88,10 @@ function sharesOf({ d, tokens, mask, way }, by, all) {
 function roleAt(tokens, i) { return (tokens.owners[i] >= 0 && tokens.roles[tokens.owners[i]]) || "template"; }
 
 // The tokens with the largest KL, largest first.
-function largestOf({ d, mask, way, student }, all) {
+function largestOf(now, all) {
+  const { d, mask, way, student } = now;
   const value = (i) => d[way][student * d.n + i], found = [];
-  for (let i = 1; i < d.n; i++) if (all || mask[i]) found.push(i);
+  for (let i = 1; i < d.n; i++) if ((all || mask[i]) && isShown(now, i)) found.push(i);
   return found.sort((a, b) => value(b) - value(a) || a - b).slice(0, LONGEST);
 }
 
@@ -164,12 +175,13 @@ function createShares(choose) {
 
   function update(given) {
     now = given;
-    const { d, tokens, mask, way, student } = now, all = over.value === "all";
+    const { d, tokens, mask, way, student, only } = now, all = over.value === "all";
     const line = (g) => [rowHead(g.key), cell(g.tokens, counted(g.tokens)), cell(g.inMask, counted(g.inMask)), ...d.names.flatMap((_, s) => [
       cell(g.shares[s], `${(100 * g.shares[s]).toFixed(1)} %`, g.shares[s]), cell(g.sums[s] / g.tokens, decimal(g.sums[s] / g.tokens))])];
     const heads = d.names.flatMap((name) => [`${name} share`, "mean"]);
     scroll.replaceChildren(tableOf([by.value, "tokens", "in mask", ...heads], sharesOf(now, by.value, all).map(line)));
-    top.head.textContent = `Largest KL of ${d.names[student]}`;
+    shares.head.textContent = only ? `Share of KL: ${only}` : "Share of KL";
+    top.head.textContent = `Largest KL of ${d.names[student]}${only ? `: ${only}` : ""}`;
     list.replaceChildren(...largestOf(now, all).map((i) => {
       const kl = d[way][student * d.n + i], about = node("span", { class: "cb-note" }, roleAt(tokens, i), mask[i] ? ", in mask" : "");
       return node("li", {}, node("button", { type: "button", "data-token": i, onclick: () => choose(i) },
@@ -312,20 +324,24 @@ function createControls(model, changed) {
   const ways = Object.entries(WAYS).map(([way, { name }]) => [way, `${way}: ${name}`]);
   const transcript = choiceOf("transcript", [], (value) => ask("chosen", Number(value)));
   const student = choiceOf("student", [], (value) => changed({ student: Number(value) }));
+  const kind = choiceOf("kind of token", [], (value) => changed({ only: value }));
   const direction = choiceOf("direction of the KL", ways, (value) => send("direction", value));
   const warmth = node("output"), weight = node("output"), waiting = node("span", { class: "cb-note", role: "status" });
   const heat = slider("temperature", 0.1, 10, 0.1, (value) => { warmth.textContent = amount(value); }, (value) => ask("temperature", value));
   const weigh = (value) => { weight.textContent = amount(value); changed({ beta: value }); };
   const beta = slider("weight beta", 0, 2, 0.01, weigh, (value) => send("beta", value));
-  const labels = { transcript: node("label", {}, "transcript ", transcript), student: node("label", {}, "student ", student) };
-  const root = node("div", { class: "cb-bar" }, labels.transcript, labels.student, node("label", {}, "KL ", direction),
+  const labels = { transcript: node("label", {}, "transcript ", transcript), student: node("label", {}, "student ", student),
+    kind: node("label", {}, "tokens ", kind) };
+  const root = node("div", { class: "cb-bar" }, labels.transcript, labels.student, node("label", {}, "KL ", direction), labels.kind,
     node("label", {}, "T ", heat, warmth), node("label", {}, "β ", beta, weight), waiting);
   const options = (select, texts, at) => select.replaceChildren(...texts.map((text, i) => node("option", { value: i, selected: i === at }, text)));
 
-  function update({ d, way, student: s, beta: b }) {
+  function update({ d, way, student: s, beta: b, kinds, only }) {
     const live = model.get("live"), choices = model.get("choices");
     options(transcript, choices, model.get("chosen"));
     options(student, d.names, s);
+    kind.replaceChildren(...["", ...kinds.names].map((name) => node("option", { value: name, selected: name === only }, name || "of every kind")));
+    labels.kind.hidden = kinds.names.length < 2;
     labels.transcript.hidden = !live || choices.length < 2;
     labels.student.hidden = d.names.length < 2;
     direction.value = way;
@@ -348,10 +364,10 @@ function createKL(el, model) {
     el.append(node("div", { class: "cb-strip" }, node("div", { class: "cb-message", role: "alert" }, text)));
     return () => el.replaceChildren();
   }
-  const now = { student: 0 }, choose = (i) => { model.set("selected", i); model.save_changes(); };
+  const now = { student: 0, only: "" }, choose = (i) => { model.set("selected", i); model.save_changes(); };
   const of = (values, size) => values.subarray(now.student * size, (now.student + 1) * size);      // one student's
-  const strip = stripModel(model, () => [{ name: `${WAYS[now.way].name} of ${now.d.names[now.student]}`, unit: "nats",
-    values: Float32Array.from(of(now.d[now.way], now.d.n)) }]);
+  const strip = stripModel(model, () => [{ name: `${WAYS[now.way].name} of ${now.d.names[now.student]}${now.only ? `, ${now.only}` : ""}`, unit: "nats",
+    values: Float32Array.from(of(now.d[now.way], now.d.n), (x, i) => isShown(now, i) ? x : NaN) }]);
   const controls = createControls(model, (given) => {
     Object.assign(now, given);
     if ("beta" in given) return summarize();
@@ -367,9 +383,10 @@ function createKL(el, model) {
   root.addEventListener("keydown", (event) => event.stopPropagation());      // JupyterLab would take single keys for itself
 
   function read() {
-    Object.assign(now, { d: readDivergence(model), layers: readLayers(model), tokens: readTokens(strip), mask: readMasks(strip)[0].values,
+    Object.assign(now, { d: readDivergence(model), kinds: readKinds(model), layers: readLayers(model), tokens: readTokens(strip), mask: readMasks(strip)[0].values,
       way: model.get("direction"), beta: model.get("beta"), selected: model.get("selected") });
     now.student = Math.min(now.student, now.d.names.length - 1);
+    if (!now.kinds.names.includes(now.only)) now.only = "";      // another transcript may have none of them
   }
 
   function update() {
@@ -394,11 +411,12 @@ function createKL(el, model) {
   }
 
   function summarize() {
-    const { d, way, mask, beta } = now, part = (x) => numeral("span", x, amount(x, 4));
+    const { d, way, beta, only } = now, part = (x) => numeral("span", x, amount(x, 4));
     summary.replaceChildren(...d.names.map((name, s) => {
-      const { mean, n } = meanOver(d, way, s, mask), loss = mean * d.temperature ** 2;
-      return node("div", {}, node("b", {}, name), `: mean ${WAYS[way].name} `, part(mean), ` nats over ${counted(n)} target${n === 1 ? "" : "s"} · times T² `,
-        part(loss), way === "forward" ? " (as in the loss) · times β " : " · times β ", part(loss * beta));
+      const { mean, n } = meanOver(now, s), loss = mean * d.temperature ** 2, over = `${counted(n)} target${n === 1 ? "" : "s"}${only ? ` (${only})` : ""}`;
+      if (only && !n) return node("div", {}, node("b", {}, name), `: no target is of the kind ${only}.`);
+      return node("div", {}, node("b", {}, name), `: mean ${WAYS[way].name} `, part(mean), ` nats over ${over} · times T² `,
+        part(loss), way === "forward" && !only ? " (as in the loss) · times β " : " · times β ", part(loss * beta));
     }));
   }
 

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['SECRET_ID', 'ARRAYS', 'LIST_LENGTH', 'candidate_texts', 'divergence_state', 'layer_state', 'hide_candidates',
-           'kl_state', 'number_text', 'mean_table', 'share_table', 'visible_table', 'largest_table', 'candidate_table',
-           'kl_html', 'static_kl', 'KLExplorer', 'StillExplorer', 'kl_explorer', 'newest_run', 'adapter_and_run',
-           'run_config', 'from_root', 'read_transcripts_of', 'held_out_of', 'transcripts_to_show', 'window_notes',
-           'training_notes', 'Measured', 'measure', 'make_renew', 'find_base', 'masker_of_run', 'explorer_parts',
-           'load_explorer', 'open_explorer']
+           'kind_state', 'kl_state', 'number_text', 'mean_table', 'share_table', 'visible_table', 'largest_table',
+           'candidate_table', 'kl_html', 'static_kl', 'KLExplorer', 'StillExplorer', 'kl_explorer', 'newest_run',
+           'adapter_and_run', 'run_config', 'from_root', 'read_transcripts_of', 'held_out_of', 'transcripts_to_show',
+           'window_notes', 'training_notes', 'Measured', 'measure', 'make_renew', 'find_base', 'masker_of_run',
+           'explorer_parts', 'load_explorer', 'open_explorer']
 
 # %% ../../nbs/widgets/03_kl.ipynb #7813648a
 import contextlib
@@ -52,6 +52,8 @@ from cbnb.evaluate.divergence import (
 )
 
 # %% ../../nbs/widgets/03_kl.ipynb #d3f636c9
+from ..evaluate.reader import AnswerReader, derive_reader
+from ..evaluate.token_kinds import KIND_NAMES, token_kinds
 from ..masking.actions import for_policy
 from ..masking.adapt import adapt
 from ..masking.audit import secret_tokens
@@ -60,6 +62,7 @@ from ..masking.masker import ChatMasker
 from ..masking.policies import Encoding
 from ..masking.targets import training_row
 from ..masking.templates import MaskError
+from ..report.figures import TOKEN_ROWS
 from ..run.code import project_root, runs_folder
 from ..run.records import read_record
 from ..run.settings import kept_template, make_masker
@@ -144,6 +147,17 @@ def hide_candidates(divergence: Divergence, encoding: Encoding) -> Divergence:
     secret = secret_tokens(encoding)
     return dataclasses.replace(divergence, ids=np.where(secret[:, None], SECRET_ID, divergence.ids))
 
+# %% ../../nbs/widgets/03_kl.ipynb #klkind01
+def kind_state(kinds: np.ndarray | None) -> dict[str, Any]:
+    """Return the `names` of the kinds of tokens that there are among `kinds` (`TokenKind`, uint8 [S]), in the
+    order of a report's table, and the place of each token's among them, uint8 bytes; none for None."""
+    if kinds is None:
+        return {"names": [], "values": b""}
+    own = [k for k in TOKEN_ROWS if k in KIND_NAMES and (kinds == KIND_NAMES.index(k)).any()]
+    places = np.zeros(len(KIND_NAMES), np.uint8)
+    places[[KIND_NAMES.index(k) for k in own]] = np.arange(len(own))
+    return {"names": [TOKEN_ROWS[k] for k in own], "values": places[kinds].tobytes()}
+
 # %% ../../nbs/widgets/03_kl.ipynb #d7b53b1e
 def kl_state(
     encoding: Encoding | None = None,
@@ -156,14 +170,16 @@ def kl_state(
     title: str = "",
     problem: str = "",
     beta: float = 0.3,
+    kinds: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Return all that the explorer shows, as plain values. `mask` (bool [S]): the targets of the loss, under
-    `mask_name`; `students` may be left out, and then hidden states are; `problem`: a message, shown above.
-    Without `encoding` there is nothing but the message.
+    `mask_name`; `students` may be left out, and then hidden states are; `problem`: a message, shown above;
+    `kinds` as of `kind_state`. Without `encoding` there is nothing but the message.
 
     Raises ValueError where the arrays do not fit the tokens."""
     if encoding is None:
-        return {"strip": {}, "divergence": {}, "layers": {}, "problem": visible(problem), "beta": float(beta)}
+        rest = dict.fromkeys(("strip", "divergence", "layers", "kinds"), dict[str, Any]())
+        return rest | {"problem": visible(problem), "beta": float(beta)}
     assert mask is not None and divergence is not None and tokenizer is not None
     if len(divergence.ids) != len(encoding.input_ids):
         raise ValueError(
@@ -175,6 +191,7 @@ def kl_state(
         "strip": strip,
         "divergence": divergence_state(hide_candidates(divergence, encoding), tokenizer, vocabulary),
         "layers": layer_state(students or {}),
+        "kinds": kind_state(kinds),
         "problem": visible(problem),
         "beta": float(beta),
     }
@@ -298,6 +315,7 @@ class KLExplorer(anywidget.AnyWidget):
     strip = traitlets.Dict().tag(sync=True)
     divergence = traitlets.Dict().tag(sync=True)
     layers = traitlets.Dict().tag(sync=True)
+    kinds = traitlets.Dict().tag(sync=True)
     problem = traitlets.Unicode("").tag(sync=True)
     selected = traitlets.Int(-1).tag(sync=True)
     direction = traitlets.Enum(("forward", "reverse"), "forward").tag(sync=True)
@@ -521,12 +539,13 @@ def measure(
     masker: ChatMasker,
     transcript: Transcript,
     config: CircuitBreakerConfig,
+    reader: AnswerReader | None = None,
     teacher: nn.Module | None = None,
     note: str = "",
 ) -> Measured:
-    """Return the `Measured` of one `transcript` under the policy and the window of `config`, with `note` and
-    the sentences of `window_notes` and `training_notes` as its problem. Raises what `encode_window` and
-    `compare` raise."""
+    """Return the `Measured` of one `transcript` under the policy and the window of `config`, with the kinds
+    of its tokens by the `reader` of the `masker` (None: without), `note`, and the sentences of
+    `window_notes` and `training_notes` as its problem. Raises what `encode_window` and `compare` raise."""
     policy = config.harmful_policy if transcript.label == "harmful" else config.benign_policy
     (transcript,) = for_policy([transcript], policy)
     encoding, mask = encode_window(transcript, masker, policy, config.max_length, config.truncation)
@@ -541,6 +560,7 @@ def measure(
         mask_name=policy,
         title=transcript.id,
         problem=" ".join(filter(None, notes)),
+        kinds=None if reader is None else token_kinds(encoding, transcript, reader),
     )
     return Measured(about, *compare(student, encoding.input_ids, teacher))
 
@@ -557,10 +577,13 @@ def make_renew(
     """Return a function `(chosen, temperature)` → arguments of `kl_state` for that one of `transcripts`, for
     `KLExplorer`, each with the sentence `note`. Another temperature of the last one chosen takes no pass."""
     last: dict[int, Measured] = {}
+    reader: AnswerReader | None = None
+    with contextlib.suppress(MaskError):  # a template whose answers nobody can read: no kinds of tokens
+        reader = derive_reader(masker)
 
     def renew(choice: int, temperature: float) -> dict[str, Any]:
         if choice not in last:
-            passes = measure(student, masker, transcripts[choice], config, teacher, note)
+            passes = measure(student, masker, transcripts[choice], config, reader, teacher, note)
             last.clear()
             last[choice] = passes
         about, target, sides = last[choice]
