@@ -161,7 +161,8 @@ def interval_words(hits: int, n: int, attempts: int = 1) -> str:
 def mean_words(ends: dict[str, Any]) -> str:
     """Return the 95 % `interval` of a mean over tokens in words, for example `0.21 to 0.34`; empty for
     None."""
-    return " to ".join(format_number(end, 2) for end in ends.get("interval") or ())
+    low, high = ends.get("interval") or (None, None)
+    return "" if low is None or high is None else f"{format_number(low, 2)} to {format_number(high, 2)}"
 
 # %% ../../nbs/report/00_figures.ipynb #09f1df6b
 def flat_figures(result: dict[str, Any]) -> dict[str, Any]:
@@ -307,6 +308,7 @@ def suite_table(results: dict[str, dict[str, Any]]) -> pd.DataFrame:
     where no question names a suite."""
     suites = {name: s for result in results.values() for name, s in (result.get("suites") or {}).items()}
     order = sorted(suites, key=lambda name: (not suites[name]["held_out"], name))
+    said = {True: "held out", False: "trained on", None: "not known whether held out"}
     columns: dict[str, list[str]] = {}
     for key in ("exact_match", "attack_success"):
         for name, result in results.items():
@@ -315,14 +317,14 @@ def suite_table(results: dict[str, dict[str, Any]]) -> pd.DataFrame:
             if any(counts):
                 cells = [interval_words(c[0], c[1], attempts) if c else "—" for c in counts]
                 columns[visible(f"{MEASURES[key][0]}, {name}")] = cells
-    index = [visible(f"{name}, {'held out' if suites[name]['held_out'] else 'trained on'}") for name in order]
+    index = [visible(f"{name}, {said[suites[name]['held_out']]}") for name in order]
     return pd.DataFrame(columns, index=pd.Index(index, name="suite"), dtype=object)
 
 # %% ../../nbs/report/00_figures.ipynb #figsuit2
 def suite_lines(results: dict[str, dict[str, Any]]) -> list[str]:
     "Return the `suite_table` of `results` as lines for a terminal; none where there is no suite."
     table = suite_table(results)
-    return ["", "By suite", *table.rename_axis(None).to_string().split("\n")] if len(table) else []
+    return ["", "By suite", *table.rename_axis(None).to_string().split("\n")] if table.size else []
 
 # %% ../../nbs/report/00_figures.ipynb #5409d1ed
 LOOP_FIGURES = (
@@ -578,6 +580,11 @@ def attack_words(record: dict[str, Any]) -> list[str]:
         f"{items['attacked']} items are attacked; what is optimised is optimised on "
         f"{items['optimised_on']} others; seed {record['seed']}"
     )
+    curves = [attack["points"] for attack in record["attacks"].values()]
+    if any(len(c.get(who, ())) < len(c.get("breaker", ())) for c in curves for who in c):
+        notes.append(
+            "base and control are attacked until half of their items are broken; then there is a dash"
+        )
     losses = (record.get("left_out") or {}).items()
     notes += [f"{plural(count, 'item')} left out: {reason}" for reason, count in losses]
     return [visible(note) for note in notes]

@@ -400,7 +400,9 @@ FIGURE_CHECKS: dict[str, ValueCheck] = {
     "harmful_cosine": maybe(COSINE_CHECK),
     **dict.fromkeys(("heldout_ce", "heldout_kl"), mapping(maybe(number()), 1000)),
     "heldout_tokens": mapping(mapping(TOKEN_FIGURES, 100), 1000),
-    "suites": mapping(fields({**dict.fromkeys(SUITE_RATES, count), "held_out": flag}, "held_out"), 1000),
+    "suites": mapping(
+        fields({**dict.fromkeys(SUITE_RATES, count), "held_out": maybe(flag)}, "held_out"), 1000
+    ),
     "intervals": mapping(fields({"interval": INTERVAL, "transcripts": whole_number(1)}), 1000),
     "n": TALLY,
     "counts": mapping(either(mapping(count, 1000), count), 1000),

@@ -57,14 +57,16 @@ def suite_figures(
     lines: Sequence[dict], asks: Sequence[Transcript], train_suites: Collection[str]
 ) -> dict[str, dict[str, Any]]:
     """Return `[hits, answers]` of `attack_success` and `exact_match` by suite, of the answers in `lines` to
-    the questions `asks` that name one, and whether it is `held_out`: none of `train_suites`."""
+    the questions `asks` that name one, and whether it is `held_out`: none of `train_suites`. It is None, not
+    known, where one of those is empty, that of a transcript that names none."""
     suite, hits = {q.id: suite_of(q) for q in asks}, defaultdict[str, dict[str, list[bool]]](dict)
     for line in lines:
         for name in ("attack_success", "exact_match"):
             if suite[line["id"]] and name in line["scores"]:
                 hits[suite[line["id"]]].setdefault(name, []).append(line["scores"][name])
     counts = {s: {name: [sum(v), len(v)] for name, v in own.items()} for s, own in sorted(hits.items())}
-    return {s: {**own, "held_out": s not in train_suites} for s, own in counts.items()}
+    other = None if "" in train_suites else True
+    return {s: {**own, "held_out": False if s in train_suites else other} for s, own in counts.items()}
 
 # %% ../../nbs/sft/03_figures.ipynb #sft03fn2
 def agent_answers(
@@ -76,7 +78,7 @@ def agent_answers(
     reader: AnswerReader,
     folder: Path | None = None,
     stage: str = "",
-    train_suites: Collection[str] = (),
+    train_suites: Collection[str] = ("",),
 ) -> dict[str, Any]:
     """Return the figures of the answers to `count` held-out questions of each kind: `plain_figures`,
     `call_figures`, `suites` (`suite_figures` by `train_suites`), `describe_decoding` and `not_asked`.
@@ -209,8 +211,8 @@ def heldout_figures(
     """Return `heldout_ce` of the held-out `samples` by kind, and with a `base` (its adapter is off)
     `heldout_kl`, KL(base ‖ model) in nats; `heldout_top1`, the share of targets at which both find the same
     token likeliest; and `heldout_tokens`, both by kind of token (`cbnb.evaluate.token_kinds.kind_figures`)
-    and by the `domains` of the transcripts, by id (`in_domain` for one that is not there). `intervals`: the
-    `interval_figures` of the means, by the row of a table."""
+    and by the `domains` of the transcripts, by id (`in_domain` for one that is not there), of benign ones as
+    in the report of a breaker. `intervals`: the `interval_figures` of the means, by the row of a table."""
     ids = [sample.transcript for own in samples.values() for sample in own]
     numbers = {name: n for n, name in enumerate(dict.fromkeys(ids))}
     names = ("heldout_ce",) if base is None else ("heldout_ce", "heldout_kl", "heldout_top1")
@@ -221,8 +223,9 @@ def heldout_figures(
         values, *about = heldout_targets(model, own, pad_id, base, numbers, batch_size, what)
         for name, mean, have in zip(names, values.mean(0).tolist(), interval_figures(values, about[1])):
             figures[name][kind], intervals[f"{name} {kind}"] = mean, have
-        parts.append((values, *about))
-    if base is not None:
+        if kind != "attack":
+            parts.append((values, *about))
+    if base is not None and parts:
         values, kinds, owners = map(np.concatenate, zip(*parts))
         of = np.array([(domains or {}).get(name, "in_domain") for name in numbers])[owners]
         places = {d: of == d for d in dict.fromkeys(of.tolist())}

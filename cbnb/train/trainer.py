@@ -466,12 +466,12 @@ RELEASE_STEPS = 10
 
 
 class ReleaseMemory(TrainerCallback):
-    "Call `release_memory` after each `RELEASE_STEPS`-th step."
+    "Call `release_memory` after each `RELEASE_STEPS`-th step of a training on a CPU."
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.global_step % RELEASE_STEPS == 0:
+        if args.device.type == "cpu" and state.global_step % RELEASE_STEPS == 0:
             release_memory()
 
 # %% ../../nbs/train/05_trainer.ipynb #aaabd11f

@@ -578,8 +578,10 @@ def make_renew(
     `KLExplorer`, each with the sentence `note`. Another temperature of the last one chosen takes no pass."""
     last: dict[int, Measured] = {}
     reader: AnswerReader | None = None
-    with contextlib.suppress(MaskError):  # a template whose answers nobody can read: no kinds of tokens
+    try:
         reader = derive_reader(masker)
+    except MaskError as e:
+        note = " ".join(filter(None, (note, f"Tokens have no kinds, since calls cannot be located: {e}.")))
 
     def renew(choice: int, temperature: float) -> dict[str, Any]:
         if choice not in last:
