@@ -134,6 +134,44 @@ def test_the_predicting_position_is_one_to_the_left(pages, html, encoding):
     assert "predicts nothing" in about(page)
 
 
+def in_view(page, i):
+    "Whether token `i` is in the page and in the part of the strip that is seen."
+    box, view = tokens(page).nth(i).bounding_box(), page.locator(".cb-view").bounding_box()
+    return view["y"] <= box["y"] <= view["y"] + view["height"] - box["height"]
+
+
+def test_it_opens_where_something_is_to_be_seen(pages, html, encoding):
+    """At the first trained token, the first difference, the largest value; no more once a reader has scrolled.
+    The height follows the window, and what was dragged is kept."""
+    page = pages.open(html)
+    page.set_viewport_size({"width": 700, "height": 300})
+    page.reload()
+    a, b = (loss_mask(encoding, p) for p in POLICIES[:2])
+    last = np.flatnonzero(loss_mask(encoding)).max()
+    places = {"mask": a.argmax(), "difference": (a != b).argmax(), "heat": last}
+    for view, place in places.items():
+        page.select_option(SHOW, view)
+        assert in_view(page, int(place)) and not chosen(page), view
+    page.select_option(SHOW, "difference")
+    page.select_option(SHOW, "heat")
+    assert in_view(page, int(places["heat"]))
+    page.locator(".cb-view").hover()
+    page.mouse.wheel(0, -9999)
+    page.wait_for_timeout(200)
+    page.select_option(SHOW, "mask")
+    assert not in_view(page, int(places["mask"])) and in_view(page, 0)
+    page.set_viewport_size({"width": 1280, "height": 1000})
+    assert page.locator(".cb-view").bounding_box()["height"] == 500
+    box = page.locator(".cb-view").bounding_box()
+    page.mouse.move(box["x"] + box["width"] - 5, box["y"] + box["height"] - 5)
+    page.mouse.down(), page.mouse.move(box["x"] + 900, box["y"] + 650, steps=3), page.mouse.up()
+    height = page.locator(".cb-view").bounding_box()["height"]
+    assert height > 600
+    page.reload()
+    assert abs(page.locator(".cb-view").bounding_box()["height"] - height) <= 1
+    pages.assert_clean()
+
+
 def test_keys(pages, html, encoding):
     page, n = pages.open(html), len(encoding.input_ids)
     page.select_option(A, POLICIES[2])

@@ -109,11 +109,23 @@ function findText(tokens, query) {
   return hits;
 }
 
+// A number that was kept in this browser under `name`, or null: a sandboxed frame and a strict browser refuse to keep anything.
+function recall(name) {
+  try { return Number(localStorage.getItem(name)) || null; } catch { return null; }
+}
+
+function keep(name, value) {
+  try { localStorage.setItem(name, value); } catch { /* then it is not kept */ }
+}
+
 // Creates a strip in `el` from `model`; returns a function that takes it down.
 function createStrip(el, model) {
   const id = `cb${++strips}`;
   let tokens, masks, heats, blocks, hits = [], hit = new Set(), shown = -1, timer = 0, mapped = 0, base = null;
   let waiting = false;      // to scroll to the chosen token, until the strip is in the page
+  let moved = false;      // whether the reader has scrolled or chosen, and the strip may no longer scroll by itself
+  const memory = el.closest(".cb-kl") ? "cbnb-kl-height" : "cbnb-strip-height";
+  let tall = "";      // the height that was set here; another one was dragged
   let ahead = 0;      // 1 where the position that predicts a token is marked in its place
 
   const view = node("div", { class: "cb-view", role: "listbox", tabindex: 0 });
@@ -136,6 +148,10 @@ function createStrip(el, model) {
   const body = node("div", { class: "cb-body" }, view, map);
   const root = node("div", { class: "cb-strip", "data-lm-suppress-shortcuts": "true" }, message, bar, body, about, key);
   el.append(root);
+  if (recall(memory)) {
+    view.style.height = `min(${recall(memory)}px, 92vh)`;
+    tall = view.style.height;
+  }
 
   const at = (list, name) => list.find((entry) => entry.name === name) || list[0];
   const inside = (mask, i) => mask !== undefined && mask.values[i + ahead] === 1;
@@ -270,6 +286,31 @@ function createStrip(el, model) {
     const c = current();
     for (const block of blocks) if (block.filled) block.spans.forEach((span, k) => paint(span, block.start + k, c));
     around(c);
+    seek();
+  }
+
+  // The token to open at: the first one in mask A, the first difference, the largest value; -1 where there is none.
+  function opening(c) {
+    if (c.view === "heat") {
+      let best = -1, largest = -Infinity;
+      c.heat?.values.forEach((v, i) => { if (v > largest) { largest = v; best = i; } });
+      return best;
+    }
+    const test = c.view === "mask" ? (i) => inside(c.a, i) : c.view === "difference" ? (i) => isDifference(i, c) : () => false;
+    for (let i = 0; i < tokens.n; i++) if (test(i)) return i;
+    return -1;
+  }
+
+  // Scrolls to where something is to be seen, until the reader has scrolled or chosen.
+  function seek() {
+    if (moved || shown >= 0 || !view.clientHeight) return;
+    const i = opening(current());
+    if (i < 0) return;
+    let above = 0;      // what will stand above it is filled now, so that it stays where it is
+    for (let k = blocks.indexOf(blockOf(i)); k >= 0 && above < view.clientHeight; k--) { fill(blocks[k]); above += blocks[k].div.offsetHeight; }
+    const block = blockOf(i);
+    intoView(block.spans[i - block.start]);
+    frame();
   }
 
   // All that stands around the tokens.
@@ -364,6 +405,7 @@ function createStrip(el, model) {
 
   function choose(i) {
     if (i < 0 || i >= tokens.n) return;
+    moved = true;
     model.set("selected", i);
     model.save_changes();
     if (shown !== i) show(i);
@@ -431,6 +473,8 @@ function createStrip(el, model) {
   view.addEventListener("mouseover", (event) => { const i = tokenAt(event); hover.textContent = i >= 0 && i !== shown ? sentences(i, current()) : ""; });
   view.addEventListener("mouseleave", () => { hover.textContent = ""; });
   view.addEventListener("scroll", () => frame());
+  const touched = (event) => { if (event.key !== "Tab") moved = true; };
+  for (const kind of ["wheel", "touchmove", "pointerdown", "keydown"]) body.addEventListener(kind, touched, { passive: true });
 
   // The minimap: the whole transcript in one column, what is seen of it framed, the chosen token and search hits at the left edge.
   function frame() { if (!mapped) mapped = requestAnimationFrame(drawMap); }
@@ -496,15 +540,17 @@ function createStrip(el, model) {
   const resized = new ResizeObserver(([entry]) => {
     const width = entry.contentRect.width;
     if (width && Math.abs(width - viewWidth) > 0.1 * viewWidth) { viewWidth = width; estimate(); }
-    if (waiting && view.clientHeight && shown >= 0) show(shown);
+    if (waiting && view.clientHeight && shown >= 0) show(shown); else seek();
+    const dragged = view.style.height;
+    if (dragged !== tall && view.clientHeight) { tall = dragged; keep(memory, Math.round(parseFloat(dragged))); }
     frame();
   });
   resized.observe(view);
   const colours = () => { read(); choices(); recolour(); };
   const rebuild = () => {
-    hits = []; hit = new Set(); shown = -1; search.value = ""; count.textContent = "";
+    hits = []; hit = new Set(); shown = -1; moved = false; search.value = ""; count.textContent = "";
     read(); build(); choices(); around(current());
-    if (model.get("selected") >= 0) show(model.get("selected"));
+    if (model.get("selected") >= 0) show(model.get("selected")); else seek();
   };
   const chose = () => { const i = model.get("selected"); if (i !== shown) show(i); };
   const told = (act) => () => {
