@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 # %% auto #0
 __all__ = ['FINDING_KINDS', 'NOTE_KINDS', 'SPOKEN', 'FOREIGN', 'TYPES', 'MESSAGE_KEYS', 'BATCH', 'MAX_TURNS', 'ROLE_INDEX',
-           'ROLE_HEAD', 'TURN_HEAD', 'LONG', 'SEGMENT_COLOURS', 'AUDIT_PAGE', 'MaskFinding', 'trained_ends',
-           'untrained_ends', 'foreign_targets', 'empty_targets', 'cut_targets', 'has_type', 'value_fault',
-           'object_faults', 'schema_faults', 'tool_schemas', 'call_faults', 'unknown_keys', 'template_losses',
-           'mask_findings', 'AuditEntry', 'message_of', 'strip_name', 'encode_each', 'audit_one', 'apply_comparison',
-           'each_record', 'audit', 'Counts', 'Totals', 'format_table', 'record', 'token_texts', 'secret_tokens',
-           'safe_texts', 'MaskRun', 'mask_runs', 'shorten_parts', 'in_colour', 'terminal_lines', 'page_cells',
-           'page_runs', 'audit_page']
+           'ROLE_HEAD', 'TURN_HEAD', 'LONG', 'SEGMENT_COLOURS', 'INJECTION_COLOUR', 'AUDIT_PAGE', 'MaskFinding',
+           'trained_ends', 'untrained_ends', 'foreign_targets', 'empty_targets', 'cut_targets', 'has_type',
+           'value_fault', 'object_faults', 'schema_faults', 'tool_schemas', 'call_faults', 'unknown_keys',
+           'template_losses', 'mask_findings', 'AuditEntry', 'message_of', 'strip_name', 'encode_each', 'audit_one',
+           'apply_comparison', 'each_record', 'audit', 'Counts', 'Totals', 'format_table', 'record', 'token_texts',
+           'secret_tokens', 'safe_texts', 'MaskRun', 'mask_runs', 'shorten_parts', 'in_colour', 'terminal_lines',
+           'page_cells', 'page_runs', 'audit_page']
 
 # %% ../../nbs/masking/10_audit.ipynb #65291281
 import jinja2
@@ -31,6 +31,7 @@ from ..basics.terminal import visible
 from ..basics.withheld import cut, scrub_places
 from .actions import actions_line, for_policy, own_notes, trained_calls
 from .adapt import adapt, adapted_line
+from .owned import mark_injection
 from .policies import end_tokens, find_policy
 from .targets import CONTEXT, cut_context, lacks_injection, training_mask, truncation_window
 from .templates import MaskError
@@ -78,10 +79,11 @@ FINDING_KINDS = {
     "cut": "part of an answer is cut off",
     "actions": "whose the actions after the injection are, and what they were compared with",
     "adapted": "what was changed in the transcript for the chat template",
+    "eot_by_design": "the policy leaves out the token that ends an answer, as it is meant to",
 }
 
 # %% ../../nbs/masking/10_audit.ipynb #80a57573
-NOTE_KINDS = frozenset({"warning", "unknown_keys", "cut", "actions", "adapted"})
+NOTE_KINDS = frozenset({"warning", "unknown_keys", "cut", "actions", "adapted", "eot_by_design"})
 
 # %% ../../nbs/masking/10_audit.ipynb #ad318335
 @dataclass(frozen=True)
@@ -368,16 +370,21 @@ def mask_findings(
     transcript: Transcript,
     max_length: int | None = None,
     side: str = "targets",
+    open_end: bool = False,
 ) -> list[MaskFinding]:
     """Return all findings, without their place, about the `mask` (bool [n]) of one encoded `transcript`; the
-    window as in `cut_targets`."""
+    window as in `cut_targets`. `open_end`: of its policy, which leaves ends of turns out by design."""
     findings = template_losses(encoding) + empty_targets(encoding, mask, transcript)
     if ends := untrained_ends(encoding, mask):
-        text = (
+        which = (
             f"message {', '.join(map(str, ends))}: words are trained, but no end-of-turn token after them; "
-            "use a template that ends each turn, and a policy that keeps EOT"
         )
-        findings.append(MaskFinding("eot_untrained", text, tuple(ends)))
+        advice = "use a template that ends each turn, and a policy that keeps EOT"
+        if open_end:
+            advice = "the policy is made so, and other rows have to teach where a turn ends"
+        findings.append(
+            MaskFinding("eot_by_design" if open_end else "eot_untrained", which + advice, tuple(ends))
+        )
     findings += foreign_targets(encoding, mask)
     if max_length is not None and len(mask) > max_length:
         findings += cut_targets(encoding, mask, max_length, side)
@@ -441,7 +448,8 @@ def audit_one(
         if isinstance(encoding, MaskError):
             raise encoding
         mask = training_mask(encoding, transcript, policy)
-        findings = mask_findings(encoding, mask, transcript, max_length, side)
+        open_end = find_policy(policy).open_end
+        findings = mask_findings(encoding, mask, transcript, max_length, side, open_end)
         result = AuditEntry(number, transcript, encoding, mask)
     except MaskError as e:
         findings = [MaskFinding("no_mask", str(e), message_of(str(e)))]
@@ -700,7 +708,7 @@ def safe_texts(encoding: Encoding) -> list[str]:
 @dataclass(frozen=True)
 class MaskRun:
     """Neighbouring tokens `[start, end)` of one message (-1: none) and one `name`d part of it, all in the
-    mask or all out of it."""
+    mask or all out of it, all of injected text (`injection`) or none."""
 
     start: int
     end: int
@@ -708,16 +716,24 @@ class MaskRun:
     role: str
     name: str
     trained: bool
+    injection: bool = False
+
+    @property
+    def part(self) -> str:
+        "What the tokens are called in a view."
+        return "injected" if self.injection else self.name
 
 # %% ../../nbs/masking/10_audit.ipynb #2dbb44d5
 def mask_runs(encoding: Encoding, mask: np.ndarray, messages: Sequence[dict]) -> list[MaskRun]:
-    """Return the tokens as runs, in order, by message, part and `mask` (bool [n]). The parts of a tool call
-    count as one."""
+    """Return the tokens as runs, in order, by message, part, `mask` (bool [n]) and injected text
+    (`mark_injection`). The parts of a tool call count as one."""
     names = np.array([segment.name.lower().replace("_", " ") for segment in Segment])
     family = np.array(["tool call" if n.startswith("tool") and n != "tool result" else n for n in names])[
         encoding.segments
     ]
+    injection = mark_injection(encoding)[0] > 0
     changes = (family[1:] != family[:-1]) | (np.diff(encoding.message_index) != 0) | (mask[1:] != mask[:-1])
+    changes |= injection[1:] != injection[:-1]
     edges = [0, *(np.flatnonzero(changes) + 1).tolist(), len(mask)]
     owner = encoding.message_index.tolist()
     return [
@@ -728,6 +744,7 @@ def mask_runs(encoding: Encoding, mask: np.ndarray, messages: Sequence[dict]) ->
             messages[owner[a]]["role"] if owner[a] >= 0 else "template",
             str(family[a]),
             bool(mask[a]),
+            bool(injection[a]),
         )
         for a, b in zip(edges, edges[1:])
     ]
@@ -752,6 +769,7 @@ SEGMENT_COLOURS = {
     Segment.TEXT: "32",
     Segment.EOT: "31",
 }
+INJECTION_COLOUR = "95;1"
 
 # %% ../../nbs/masking/10_audit.ipynb #cf54388d
 def in_colour(text: str, code: str, colour: bool) -> str:
@@ -761,12 +779,14 @@ def in_colour(text: str, code: str, colour: bool) -> str:
 # %% ../../nbs/masking/10_audit.ipynb #cbb31fe7
 def terminal_lines(entry: AuditEntry, colour: bool = False) -> Iterator[str]:
     """Yield the lines that show an `AuditEntry` in a terminal: a line for each run, `>` before a trained one,
-    each trained token in ⟦ ⟧ (and, with `colour`, bold and underlined; segments differ in colour). Text is
-    made harmless by `visible`. Raises ValueError where there is no mask."""
+    each trained token in ⟦ ⟧, injected text in ⟪ ⟫ (with `colour`, trained tokens are bold and underlined,
+    and segments and injected text differ in colour). Text is made harmless by `visible`. Raises ValueError
+    where there is no mask."""
     t, encoding, mask = entry.masked()
-    yield visible(
-        f"transcript {entry.number}: {t.id} ({t.label}), {len(mask):,} tokens, {mask.sum():,} trained"
-    )
+    marks, note = mark_injection(encoding)
+    n = int((marks > 0).sum())
+    counts = f"{len(mask):,} tokens, {mask.sum():,} trained" + f", {n:,} injected" * bool(n)
+    yield visible(f"transcript {entry.number}: {t.id} ({t.label}), {counts}")
     texts = safe_texts(encoding)
     for run in mask_runs(encoding, mask, t.messages):
         code = SEGMENT_COLOURS.get(
@@ -779,10 +799,16 @@ def terminal_lines(entry: AuditEntry, colour: bool = False) -> Iterator[str]:
         else:
             characters = shorten_parts(list("".join(pieces)), " … {} more characters … ")
             body = in_colour("".join(characters), code, colour)
+        if run.injection:
+            body = (
+                f"{in_colour('⟪', INJECTION_COLOUR, colour)}{body}{in_colour('⟫', INJECTION_COLOUR, colour)}"
+            )
         yield (
             f"{'>' if run.trained else ' '} {'' if run.message < 0 else run.message:>3} {run.role:<9} "
-            f"{run.name:<11} {body}"
+            f"{run.part:<11} {body}"
         )
+    if note:
+        yield f"  ! {note}"
     for finding in entry.findings:
         yield visible(f"  ! {finding.kind}: {finding.text}")
 
@@ -793,9 +819,11 @@ AUDIT_PAGE = """<!DOCTYPE html>
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'"/>
 <title>{{ title }}</title>
 <style>
-:root { color-scheme: light dark; --text: #1f2328; --ground: #ffffff; --line: #d0d7de; --mark: #b35900; }
+:root { color-scheme: light dark; --text: #1f2328; --ground: #ffffff; --line: #d0d7de; --mark: #b35900;
+  --injected: #a0005a; }
 @media (prefers-color-scheme: dark) {
-  :root { --text: #e6edf3; --ground: #111418; --line: #3d444d; --mark: #f0a95b; } }
+  :root { --text: #e6edf3; --ground: #111418; --line: #3d444d; --mark: #f0a95b;
+  --injected: #ff8ac4; } }
 body { color: var(--text); background: var(--ground); font: 15px/1.5 system-ui, sans-serif; max-width: 1000px;
   margin: 2rem auto; padding: 0 1rem; }
 h1, h2, td, th { overflow-wrap: anywhere; } h1 { font-size: 1.5rem; }
@@ -814,6 +842,7 @@ u { font-weight: bold; text-decoration: underline; text-decoration-color: var(--
   text-decoration-thickness: 2px; border: solid var(--mark); border-width: 0 1px; }
 .system { background: rgba(160, 90, 220, .14); } .user { background: rgba(0, 130, 220, .14); }
 .tool { background: rgba(220, 150, 0, .16); } .assistant { background: rgba(0, 160, 90, .14); }
+.injected { border: 2px dotted var(--injected); padding: 0 .3rem; } .injected b { color: var(--injected); }
 </style></head><body>
 <h1>{{ title }}</h1>
 {% for note in notes %}<p>{{ note }}</p>{% endfor %}
@@ -828,12 +857,14 @@ u { font-weight: bold; text-decoration: underline; text-decoration-color: var(--
 {% for c in row[1:] %}<td>{{ c }}</td>{% endfor %}</tr>
 {% endfor %}</tbody></table>
 {% endfor %}
-{% for title, runs in shown %}<h2>{{ title }}</h2>
-<p>Trained tokens are <u>underlined</u> one by one; all else is context.</p>
+{% for title, runs, injected, note in shown %}<h2>{{ title }}</h2>
+<p>Trained tokens are <u>underlined</u> one by one; all else is context.{% if injected %}
+<b>⟪</b> <b>⟫</b> in a dotted frame: injected text, {{ injected }} tokens.{% endif %} {{ note }}</p>
 {% for run, pieces in runs %}<div class="run">
-<p>{{ run.message if run.message >= 0 }} {{ run.role }}, {{ run.name }}{{ ", trained" if run.trained }}</p>
-<p class="{{ run.role }}">{% for text in pieces %}{% if run.trained %}<u>{{ text }}</u>{% else %}{{ text
-}}{% endif %}{% endfor %}</p></div>
+<p>{{ run.message if run.message >= 0 }} {{ run.role }}, {{ run.part }}{{ ", trained" if run.trained }}</p>
+<p class="{{ run.role }}{{ " injected" if run.injection }}">{% if run.injection %}<b>⟪</b>{% endif %}{%
+for text in pieces %}{% if run.trained %}<u>{{ text }}</u>{% else %}{{ text
+}}{% endif %}{% endfor %}{% if run.injection %}<b>⟫</b>{% endif %}</p></div>
 {% endfor %}{% endfor %}
 </body></html>
 """
@@ -877,8 +908,13 @@ def audit_page(
             ("By assistant turn", TURN_HEAD, [page_cells(row) for row in totals.turn_table()]),
         ],
         shown=[
-            (visible(f"Transcript {number}: {t.id} ({t.label})"), list(page_runs(a)))
+            (
+                visible(f"Transcript {a.number}: {t.id} ({t.label})"),
+                list(page_runs(a)),
+                int((marks > 0).sum()),
+                note,
+            )
             for a in examples
-            for number, (t, _, _) in [(a.number, a.masked())]
+            for t, (marks, note) in [(a.masked()[0], mark_injection(a.masked()[1]))]
         ],
     )

@@ -15,7 +15,7 @@ from ..transcripts.injections import find_injection
 from ..transcripts.record import InjectionSpan
 
 # %% auto #0
-__all__ = ['SpanError', 'span_place', 'owned_tokens']
+__all__ = ['SpanError', 'span_place', 'owned_tokens', 'mark_injection']
 
 # %% ../../nbs/masking/11_owned.ipynb #c8cb41e1
 class SpanError(ValueError):
@@ -50,3 +50,23 @@ def owned_tokens(encoding: Encoding, places: Iterable[tuple[int, int]]) -> np.nd
     for start, end in places:
         own |= (starts >= start) & (ends <= end) & (ends > starts)
     return own
+
+# %% ../../nbs/masking/11_owned.ipynb #ow000009
+def mark_injection(encoding: Encoding) -> tuple[np.ndarray, str]:
+    """Return `(marks, note)`: uint8 [n], 2 for a token of `encoding` inside an injected text
+    (`owned_tokens`), 1 for one that holds a part of it and other characters, 0 for all others; and a sentence
+    on the injected texts of which it cannot be told where they stand, or ""."""
+    places, lost = [], []
+    for span in encoding.injection_spans:
+        if encoding.roles and span.message >= len(encoding.roles):
+            continue  # a sample of `split_turns` ends before it
+        try:
+            places.append(span_place(encoding, encoding.injection_contents.get(span.message, ""), span))
+        except SpanError:
+            lost.append(f"that of message {span.message} (characters {span.start}-{span.end})")
+    marks = np.zeros(len(encoding.offsets), np.uint8)
+    for start, end in places:
+        marks[(encoding.offsets[:, 0] < end) & (encoding.offsets[:, 1] > start)] = 1
+    marks[owned_tokens(encoding, places)] = 2
+    note = f"Injected text that is NOT marked: {', '.join(lost)}; the chat template writes it otherwise."
+    return marks, note if lost else ""
