@@ -30,10 +30,11 @@ __all__ = ['COUNT_COLUMNS', 'LONG_PAGE', 'BREAKING_PAGE', 'RIVER', 'KNOWN_BAD', 
            'error_sentence', 'own_policies', 'known_policies', 'audit_mask', 'apply_each', 'Exploration', 'explore',
            'count_frame', 'verdict', 'mask_frame', 'finding_frame', 'chatml_header', 'make_tool', 'make_call',
            'page_task', 'known_bad', 'safe_cell', 'token_frame', 'csv_text', 'shorten', 'cell_text', 'frame_html',
-           'record_frame', 'message_frame', 'mask_caption', 'count_tables', 'explored_html', 'mask_entry',
-           'mask_entries', 'explored_state', 'explored_view', 'skipped_sentence', 'Shelf', 'read_any_label',
-           'read_pasted', 'read_entries', 'as_shelf', 'load_masker', 'model_name', 'free_path', 'MaskExplorer',
-           'show_text', 'whole', 'make_field', 'make_button', 'make_row', 'ExplorerBox', 'mask_explorer']
+           'record_frame', 'message_frame', 'mask_caption', 'count_tables', 'audit_html', 'explored_html', 'mask_entry',
+           'mask_entries', 'explored_state', 'chosen_masks', 'explored_view', 'skipped_sentence', 'Shelf',
+           'read_any_label', 'read_pasted', 'read_entries', 'as_shelf', 'load_masker', 'model_name', 'free_path',
+           'MaskExplorer', 'show_text', 'whole', 'make_field', 'make_button', 'make_row', 'ExplorerBox',
+           'mask_explorer']
 
 # %% ../../nbs/widgets/02_masks.ipynb #488ae3bd
 from ..basics.files import quoted_cell, write_bytes
@@ -192,14 +193,15 @@ def audit_mask(
     transcript: Transcript,
     max_length: int | None = None,
     side: str = "targets",
+    open_end: bool = False,
 ) -> ShownMask:
-    "Return the `ShownMask` `row` with what truncation leaves of it and with its findings."
+    "Return the `ShownMask` `row` with what truncation leaves of it and with its findings (`mask_findings`)."
     stretch, n = None, len(row.values)
     if max_length is not None and n > max_length:
         stretch = np.zeros(n, bool)
         window = truncation_window(row.values, max_length, side)
         stretch[window] = row.values[window]
-    findings = mask_findings(encoding, row.values, transcript, max_length, side)
+    findings = mask_findings(encoding, row.values, transcript, max_length, side, open_end)
     return replace(row, kept=stretch, findings=tuple(findings))
 
 # %% ../../nbs/widgets/02_masks.ipynb #3bca974b
@@ -222,8 +224,9 @@ def apply_each(
     masks, left_out = [], []
     for name, policy in [*((name, name) for name in known_policies(transcript)), *own_policies(policies)]:
         try:
-            row = explain_mask(encoding, transcript, name, rename_policy(policy, name), label)
-            masks.append(audit_mask(row, encoding, transcript, max_length, side))
+            rule = rename_policy(policy, name)
+            row = explain_mask(encoding, transcript, name, rule, label)
+            masks.append(audit_mask(row, encoding, transcript, max_length, side, rule.open_end))
         except MaskError as e:
             left_out.append((name, error_sentence(e)))
         # a reader's own function may raise anything, and must not take the view with it
@@ -324,12 +327,13 @@ def mask_frame(exploration: Exploration) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["mask", "tokens", "share", *["kept"] * cut, "finds", "note"])
 
 # %% ../../nbs/widgets/02_masks.ipynb #926dfe2d
-def finding_frame(exploration: Exploration) -> pd.DataFrame:
-    """Return a frame with one row for each different finding: the `masks` that have it, its `kind`, what that
-    `means`, the `messages`, and `what` was found."""
+def finding_frame(exploration: Exploration, chosen: Collection[str] | None = None) -> pd.DataFrame:
+    """Return a frame with one row for each different finding of the masks `chosen` (names; None: all): the
+    `masks` that have it, its `kind`, what that `means`, the `messages`, and `what` was found."""
     names: dict[tuple, list[str]] = {}
     for name, f in exploration.findings:
-        names.setdefault((f.kind, f.messages, f.text), []).append(name)
+        if chosen is None or name in (*chosen, "every mask"):
+            names.setdefault((f.kind, f.messages, f.text), []).append(name)
     rows = [
         (", ".join(masks), kind, FINDING_KINDS[kind], ", ".join(str(i) for i in messages if i >= 0), text)
         for (kind, messages, text), masks in names.items()
@@ -546,18 +550,23 @@ def count_tables(encoding: Encoding, masks: Iterable[ShownMask]) -> list[str]:
     return [frame_html(frame, captions[by], "numbers") for by, frame in counts.items()]
 
 # %% ../../nbs/widgets/02_masks.ipynb #733cc6c8
-def explored_html(exploration: Exploration) -> str:
-    """Return the tables of an `Exploration` as script-free HTML: masks, findings, counts by role, turn and
-    label, and the record."""
+def audit_html(exploration: Exploration, chosen: Collection[str] | None = None) -> str:
+    "Return what the audit finds of the masks `chosen` (names; None: all), as script-free HTML."
+    whose = "every mask" if chosen is None else " and ".join(map(visible, chosen))
+    findings = finding_frame(exploration, chosen)
+    if not len(findings):
+        return f"<p>The audit finds nothing wrong with {escape(whose)}.</p>"
+    minor = "" if {*findings.kind} - MINOR else ": nothing is wrong, but note"
+    return frame_html(findings, f"Audit of {whose}{minor}", "words")
+
+# %% ../../nbs/widgets/02_masks.ipynb #st5aud01
+def explored_html(exploration: Exploration, chosen: Collection[str] | None = None) -> str:
+    """Return the tables of an `Exploration` as script-free HTML: masks, the findings of those `chosen`
+    (names; None: all), counts by role, turn and label, and the record."""
     if exploration.transcript is None:
         return ""
-    findings, record = (
-        finding_frame(exploration),
-        frame_html(record_frame(exploration.transcript), "", "words"),
-    )
-    audit = "<p>The audit finds nothing wrong with any mask.</p>"
-    if len(findings):
-        audit = frame_html(findings, "Audit: what is wrong", "words")
+    record = frame_html(record_frame(exploration.transcript), "", "words")
+    audit = audit_html(exploration, None if exploration.encoding is None else chosen)
     record = f"<details><summary>The record</summary>{record}</details>"
     if exploration.encoding is None:
         messages = message_frame(exploration.transcript)
@@ -618,16 +627,26 @@ def explored_state(
     state = strip_state(exploration.encoding, tokenizer, (), title=title, message=message)
     return {**state, "masks": entries, "view": "mask", "a": a, "b": b, **looks}
 
+# %% ../../nbs/widgets/02_masks.ipynb #st5aud02
+def chosen_masks(exploration: Exploration, state: Mapping[str, Any]) -> list[str]:
+    "Return the names of the masks that the `state` of a strip shows: mask A, of a difference mask B too."
+    shown = {
+        state["a"].removesuffix(TRUNCATED),
+        state["b"].removesuffix(TRUNCATED) * (state["view"] == "difference"),
+    }
+    return [m.name for m in exploration.masks if visible(m.name) in shown]
+
 # %% ../../nbs/widgets/02_masks.ipynb #a52e3375
 def explored_view(
     exploration: Exploration, tokenizer: PreTrainedTokenizerFast | None = None, note: str = "", **looks: Any
 ) -> StaticView:
     """Return the `StaticView` of an `Exploration`: the strip and under it a `note` on its file and the
     tables; `looks` as in `explored_state`."""
-    tables = explored_html(exploration)
+    state = explored_state(exploration, tokenizer, **looks)
+    tables = explored_html(exploration, chosen_masks(exploration, state))
     if note:
         tables = f'<p class="cb-tables">{escape(visible(note))}</p>{tables}'
-    return static_strip(explored_state(exploration, tokenizer, **looks), tables, 900)
+    return static_strip(state, tables, 900)
 
 # %% ../../nbs/widgets/02_masks.ipynb #54f42c08
 LISTED, HELD = 500, 64
@@ -1023,9 +1042,18 @@ class ExplorerBox:
             show_text(self.answer, f"nothing was written: {error_sentence(e)}")
 
     def look(self, change: dict[str, Any]) -> None:
-        "Remember what a reader chose in the strip, also while it is empty for a moment."
+        "Remember what a reader chose in the strip, also while it is empty for a moment; audit what is shown."
         if self.strip.masks and not self.quiet:
             self.explorer.looks[change["name"]] = change["new"]
+            if change["name"] in ("a", "b", "view"):
+                self.show_tables()
+
+    def show_tables(self) -> None:
+        "Show the tables for the masks that the strip shows."
+        exploration = self.explorer.exploration
+        self.tables.value = add_style(
+            explored_html(exploration, chosen_masks(exploration, self.strip.state()))
+        )
 
     def refresh(self) -> None:
         "Set all widgets to what the explorer's settings say."
@@ -1039,12 +1067,12 @@ class ExplorerBox:
                 self.note, "" if shelf is None else " ".join(filter(None, (more, shelf.note, shelf.skipped)))
             )
             show_text(self.answer, "")
-            self.tables.value = add_style(explored_html(explorer.exploration))
             explorer.looks["selected"] = -1
             state = explored_state(explorer.exploration, explorer.tokenizer, **explorer.looks)
             with self.strip.hold_sync():
                 for name, value in state.items():
                     setattr(self.strip, name, value)
+            self.show_tables()
         finally:
             self.quiet = False
 
