@@ -214,6 +214,27 @@ def test_long_tables_are_cut_and_say_so(masker):
     assert "… 501 more rows" in explored_html(explore(Transcript("many", turns), masker))
 
 
+def test_an_end_left_out_by_design_is_a_note(masker):
+    "And an own policy that leaves it out fails, unless it says that it is meant to."
+    own = replace(ALL_POLICIES["tool_calls_only"], open_end=False)
+    finds = mask_frame(explore(INJECTED[0], masker, {"own": own})).set_index("mask").finds
+    for name in ("tool_calls_only", "action_prefix_only"):
+        assert finds[name] == "✓ nothing, note: eot_by_design"
+    assert finds["own"] == "✗ eot_untrained"
+
+
+def test_the_audit_is_of_the_masks_that_are_shown():
+    "Live, the sentences follow the choice of a reader: mask A, and mask B where a difference is shown."
+    explorer = mask_explorer(INJECTED, a="post_injection_only")
+    box = explorer.box = ExplorerBox(explorer)
+    assert "The audit finds nothing wrong with post_injection_only." in box.tables.value
+    box.strip.view = "difference"
+    assert "Audit of post_injection_only and first_header" in box.tables.value
+    box.strip.a = "tool_calls_only"
+    box.strip.view = "mask"
+    assert "Audit of tool_calls_only: nothing is wrong, but note" in box.tables.value
+
+
 @pytest.mark.parametrize("name", ["assistant_only", *COUNT_COLUMNS])
 def test_a_name_that_a_column_has_is_refused(masker, name):
     with pytest.raises(ValueError, match=f"cannot be called {name}"):
@@ -509,11 +530,11 @@ def test_the_page_marks_predicting_positions(pages, page_text):
 def test_the_page_holds_all_tables(pages, page_text):
     page = pages.open(page_text)
     captions = page.locator("caption").all_inner_texts()
-    assert captions[:2] == [
-        "Masks of tinyagent, as training takes them; kept: in a window of 90 tokens (targets)",
-        "Audit: what is wrong",
+    assert captions[:1] == [
+        "Masks of tinyagent, as training takes them; kept: in a window of 90 tokens (targets)"
     ]
-    assert captions[2:5] == ["Tokens by role", "Tokens by message and turn", "Tokens by label"]
+    assert captions[1:4] == ["Tokens by role", "Tokens by message and turn", "Tokens by label"]
+    assert page.get_by_text("The audit finds nothing wrong with post_injection_only.").is_visible()
     assert page.locator("tr", has_text="trains_tool_result").count() >= 1
     page.get_by_text("The record").click()
     assert page.get_by_text("expected_call").is_visible()
