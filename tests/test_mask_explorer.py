@@ -377,7 +377,7 @@ def test_a_file_is_read_no_further_than_asked(tmp_path):
         shelf.more
         and len(shelf.listing) == masks.LISTED
         and many.read == masks.LISTED + 1
-        and shelf.count is None
+        and shelf.count == 1200
     )
     assert (
         shelf.at(700) is many[699]
@@ -389,6 +389,59 @@ def test_a_file_is_read_no_further_than_asked(tmp_path):
     with pytest.raises(TranscriptError, match="no transcript 1201; it holds 1,200"):
         shelf.at(1201)
     assert shelf.count == 1200
+
+
+def test_a_transcript_is_found_among_many(tmp_path, monkeypatch):
+    "By label, kind, text and finding, reading no further than to the first; the count is known at the end."
+    path = tmp_path / "many.jsonl"
+    write_transcripts(path, [*make_transcripts("plain", 600), *INJECTED, BAD[0]])
+    explorer = mask_explorer(path)
+    box = explorer.box = ExplorerBox(explorer)
+    assert box.size.value == "of more than 500" and not box.count.disabled
+    box.wanted["label"].value = "harmful"
+    box.match.click()
+    assert explorer.settings["number"] == 601 and explorer.exploration.transcript == INJECTED[0]
+    assert "transcript 601" in box.told.value and explorer.shelf.passed == 601
+    box.wanted["text"].value = "NO SUCH WORDS"
+    assert not box.told.value
+    box.match.click()
+    assert "none from 602 to the end (603)" in box.told.value and box.size.value == "of more than 500"
+    box.match.click()
+    assert "none from 1 to the end" in box.told.value
+    for name, value in (("label", ""), ("text", ""), ("finding", "all_zero")):
+        box.wanted[name].value = value
+    box.match.click()
+    assert explorer.exploration.transcript.id == "all-zero" and box.size.value == "of 603"
+    monkeypatch.setattr(masks.time, "monotonic", iter(range(0, 10**6, 10)).__next__)
+    explorer = mask_explorer(path)
+    box = ExplorerBox(explorer)
+    box.wanted["kind"].value = "injection-TRAIN"
+    box.match.click()
+    assert "none from 2 to 2; press again to read on" in box.told.value
+    box.count.click()
+    assert "so far" in box.told.value and not box.count.disabled
+
+
+def test_what_is_going_on_is_said_in_the_place_of_old_tokens(monkeypatch):
+    "While a model is fetched; and an empty field changes nothing, in a sentence."
+    explorer = mask_explorer(INJECTED)
+    box = explorer.box = ExplorerBox(explorer)
+    seen = []
+    load = masks.load_masker
+    monkeypatch.setattr(
+        masks,
+        "load_masker",
+        lambda **given: seen.append((box.strip.message, box.strip.tokens)) or load(**given),
+    )
+    box.model.value = "/no/such/model"
+    [(message, tokens)] = seen
+    assert "tokenizer of /no/such/model" in message and not tokens["ids"] and "no such" in box.strip.message
+    box.model.value = ""
+    assert "was empty" in box.note.value and box.model.value == "/no/such/model"
+    box.model.value = "tinyagent"
+    box.file.value = "x.jsonl"
+    box.file.value = ""
+    assert "field file was empty" in box.note.value and box.file.value == "x.jsonl"
 
 
 def test_records_that_cannot_be_read_are_told(tmp_path):

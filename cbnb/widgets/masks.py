@@ -13,8 +13,9 @@ import itertools
 import json
 import re
 import tempfile
+import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
@@ -31,7 +32,7 @@ __all__ = ['COUNT_COLUMNS', 'LONG_PAGE', 'BREAKING_PAGE', 'RIVER', 'KNOWN_BAD', 
            'count_frame', 'verdict', 'mask_frame', 'finding_frame', 'chatml_header', 'make_tool', 'make_call',
            'page_task', 'known_bad', 'safe_cell', 'token_frame', 'csv_text', 'shorten', 'cell_text', 'frame_html',
            'record_frame', 'message_frame', 'mask_caption', 'count_tables', 'audit_html', 'explored_html', 'mask_entry',
-           'mask_entries', 'explored_state', 'chosen_masks', 'explored_view', 'skipped_sentence', 'Shelf',
+           'mask_entries', 'explored_state', 'chosen_masks', 'explored_view', 'skipped_sentence', 'matches', 'Shelf',
            'read_any_label', 'read_pasted', 'read_entries', 'as_shelf', 'load_masker', 'model_name', 'free_path',
            'MaskExplorer', 'show_text', 'whole', 'make_field', 'make_button', 'make_row', 'ExplorerBox',
            'mask_explorer']
@@ -46,6 +47,7 @@ from ..masking.adapt import ADAPTATIONS, adapt, adapted_line
 from cbnb.masking.audit import (
     FINDING_KINDS,
     MaskFinding,
+    audit_one,
     encode_each,
     mask_findings,
     message_of,
@@ -75,7 +77,7 @@ from ..masking.templates import MaskError
 from ..masking.turns import Segment
 from ..run.settings import make_masker
 from ..transcripts.reader import TranscriptReader, read_transcripts
-from ..transcripts.record import MAX_LINE_BYTES, Transcript, TranscriptError, need, parse_json
+from ..transcripts.record import LABELS, MAX_LINE_BYTES, Transcript, TranscriptError, need, parse_json
 from ..transcripts.spool import Spooled
 from .strip import POLICY_NOTES, TokenStrip, piece_texts, static_strip, strip_state, view_bundle
 from .views import StaticView, add_style, is_live, table_html, tables_html
@@ -658,6 +660,19 @@ def skipped_sentence(reader: TranscriptReader) -> str:
     records, are = ("record", "is") if n == 1 else ("records", "are")
     return f"{n:,} {records} up to here cannot be read and {are} left out; the first: {first}"
 
+# %% ../../nbs/widgets/02_masks.ipynb #st5fnd02
+def matches(transcript: Transcript, label: str = "", kind: str = "", text: str = "") -> bool:
+    """Return whether a transcript has the `label`, has `kind` in its id, its source or its kind
+    (`meta["kind"]`), and says `text` in its messages or calls. Capitals do not matter, "" asks for
+    nothing."""
+    names = (transcript.id, transcript.source, transcript.meta.get("kind") or "")
+    said = (f"{m.get('content') or ''} {m.get('tool_calls') or ''}" for m in transcript.messages)
+    return (
+        label in ("", transcript.label)
+        and any(kind.lower() in str(name).lower() for name in names)
+        and (not text or any(text.lower() in words.lower() for words in said))
+    )
+
 # %% ../../nbs/widgets/02_masks.ipynb #df823195
 class Shelf:
     """Hold transcripts of a `TranscriptReader` or a list by their number from 1. `listing`: `(number, id,
@@ -672,6 +687,8 @@ class Shelf:
         self.rewind()
         self.listing = [(number, t.id, t.label) for number, t in itertools.islice(self.stream, LISTED)]
         self.more = bool(self.listing) and next(self.stream, None) is not None
+        if isinstance(self.transcripts, Sequence):
+            self.count = len(self.transcripts)
 
     def rewind(self) -> None:
         "Begin anew at the first transcript."
@@ -706,6 +723,27 @@ class Shelf:
             if n == number:
                 return t
         raise TranscriptError(f"{self.name}: there is no transcript {number}; it holds {self.passed:,}")
+
+    def find(
+        self, start: int, test: Callable[[Transcript], bool], seconds: float = 5.0
+    ) -> tuple[int | None, int]:
+        """Return `(number, reached)`: that of the first transcript from the number `start` on of which `test`
+        holds, None where there is none or `seconds` have passed, and that of the last one that was looked at.
+        """
+        if start <= self.passed:
+            self.rewind()
+        end = time.monotonic() + seconds
+        for number, transcript in self.stream:
+            if number >= start and test(transcript):
+                return number, number
+            if time.monotonic() > end:
+                break
+        return None, self.passed
+
+    @property
+    def size(self) -> str:
+        "How many transcripts there are, in words, as far as it is known."
+        return f"of {self.count:,}" if self.count is not None else f"of more than {len(self.listing):,}"
 
 # %% ../../nbs/widgets/02_masks.ipynb #63b063ab
 def read_any_label(read: Callable[[str | None], Shelf]) -> Shelf:
@@ -860,6 +898,9 @@ class MaskExplorer:
         self.settings |= changes
         if changes.keys() & {"transcripts", "relabel", "tools"}:
             self.shelf = None
+        slow = "model" in changes or isinstance(changes.get("transcripts"), (str, Path))
+        if self.box is not None and slow:
+            self.box.wait()
         try:
             self.exploration = self.explore()
         # whatever a model, a file or a template raises: a traceback in place of the view helps nobody
@@ -876,13 +917,37 @@ class MaskExplorer:
             raise TranscriptError("There is no transcript yet: name a file, or paste a record.")
         if self.shelf is None:
             self.shelf = as_shelf(*(s[name] for name in ("transcripts", "relabel", "tools")))
-        transcript = self.shelf.at(s["number"])
-        by_role = tuple(s["control"].items()) if isinstance(s["control"], dict) else s["control"]
-        masker = load_masker(**{name: s[name] for name in MASKER_SETTINGS} | {"control": by_role})
+        transcript, masker = self.shelf.at(s["number"]), self.load_masker()
         self.tokenizer = masker.tokenizer
         names = ("policies", "label", "max_length", "side")
         choice = {name: s[name] for name in names}
         return explore(adapt(transcript, masker.adapt), masker, **choice, model=model_name(s["model"]))
+
+    def load_masker(self) -> ChatMasker:
+        "Return the masker of the settings. Raises what `load_masker` does."
+        s = self.settings
+        by_role = tuple(s["control"].items()) if isinstance(s["control"], dict) else s["control"]
+        return load_masker(**{name: s[name] for name in MASKER_SETTINGS} | {"control": by_role})
+
+    def find(self, start: int, finding: str = "", **wanted: str) -> tuple[int | None, int]:
+        """Return what `Shelf.find` gives from the number `start` on for transcripts that `matches` as
+        `wanted` and of whose mask A the audit has the `finding` ("": any or none). Raises TranscriptError
+        without transcripts, and what a model raises."""
+        need(self.shelf is not None, "the explorer", "has no transcripts to search; name a file")
+        masker = self.load_masker() if finding else None
+        name = self.looks["a"].removesuffix(TRUNCATED)
+        policy = (self.settings["policies"] or {}).get(name, name)
+
+        def test(transcript: Transcript) -> bool:
+            if not matches(transcript, **wanted) or masker is None:
+                return matches(transcript, **wanted)
+            t = adapt(transcript, masker.adapt)
+            window = self.settings["max_length"], self.settings["side"]
+            findings = audit_one(1, t, encode_each(masker, [t])[0], policy, *window).findings
+            return finding in {f.kind for f in findings}
+
+        assert self.shelf is not None
+        return self.shelf.find(start, test)
 
     def static(self) -> StaticView:
         "Return what is shown as a `StaticView`: one interactive page, and HTML without scripts."
@@ -943,7 +1008,7 @@ class ExplorerBox:
         self.page = make_button("save page (HTML)", "writes what is shown into the working directory")
         self.rows = make_button("save tokens (CSV)", "writes one row per token into the working directory")
         exports = make_row(self.page, self.rows, self.answer)
-        above = [self.transcript_row(), self.paste_box(), self.mask_row(), self.note]
+        above = [self.transcript_row(), self.find_row(), self.paste_box(), self.mask_row(), self.note]
         self.root = ipywidgets.VBox([*above, self.strip, exports, self.tables])
         self.refresh()
         self.listen()
@@ -956,7 +1021,23 @@ class ExplorerBox:
         self.back = make_button("◂ previous", "previous transcript")
         self.forth = make_button("next ▸", "next transcript")
         self.number = make_field(ipywidgets.BoundedIntText, "number", "10em", min=1, max=2**31 - 1)
-        return make_row(self.file, self.pick, self.back, self.forth, self.number)
+        self.size = ipywidgets.Label()
+        return make_row(self.file, self.pick, self.back, self.forth, self.number, self.size)
+
+    def find_row(self) -> Any:
+        "Return what finds a transcript among many."
+        labels, kinds = ([("any", ""), *((n, n) for n in names)] for names in (LABELS, FINDING_KINDS))
+        self.wanted = {
+            "label": make_field(ipywidgets.Dropdown, "find label", "12em", options=labels, value=""),
+            "kind": make_field(ipywidgets.Text, "kind", "13em", placeholder="or id, or source"),
+            "finding": make_field(ipywidgets.Dropdown, "finding", "16em", options=kinds, value=""),
+            "text": make_field(ipywidgets.Text, "text", "16em", placeholder="of a message"),
+        }
+        self.match = make_button("next match ▸", "reads on to the next transcript that is so")
+        self.count = make_button("count all", "reads on to the end of the file")
+        self.reached: int | None = None
+        self.told = ipywidgets.HTML()
+        return make_row(*self.wanted.values(), self.match, self.count, self.told)
 
     def paste_box(self) -> Any:
         "Return where a record can be pasted; folded until it is wanted."
@@ -1004,6 +1085,10 @@ class ExplorerBox:
         self.back.on_click(lambda button: self.choose(number=self.number.value - 1))
         self.forth.on_click(lambda button: self.choose(number=self.number.value + 1))
         self.show.on_click(self.paste)
+        self.match.on_click(self.find)
+        self.count.on_click(self.read_on)
+        for widget in self.wanted.values():
+            widget.observe(self.forget, "value")
         self.strip.observe(self.look, ["a", "b", "view", "predicting", "selected"])
         self.page.on_click(lambda button: self.export(self.explorer.save, ".html"))
         self.rows.on_click(lambda button: self.export(self.explorer.to_csv, ".csv"))
@@ -1015,13 +1100,76 @@ class ExplorerBox:
 
     def choose_value(self, name: str, change: dict[str, Any]) -> None:
         "Set the setting `name` to what its widget was changed to; a picker that shows nothing sets nothing."
-        if change["new"] is not None:
+        if name == "model" and not change["new"]:
+            self.restore("The field model was empty, so the model is the one before; name another one.")
+        elif change["new"] is not None:
             self.choose(**{name: change["new"]})
 
     def choose_file(self, change: dict[str, Any]) -> None:
         "Show the first transcript of another file; an empty field changes nothing."
         if change["new"]:
             self.choose(transcripts=change["new"], number=1)
+        else:
+            self.restore("The field file was empty, so the transcripts are those before; name another file.")
+
+    def restore(self, sentence: str) -> None:
+        "Put the settings back into the fields, and say why; what is shown stays."
+        if not self.quiet:
+            self.refresh()
+            show_text(self.note, sentence)
+
+    def wait(self) -> None:
+        "Show what is going on in the place of the tokens, so that none of before stand under another name."
+        sentence = (
+            f"Reading the transcripts and the tokenizer of {model_name(self.explorer.settings['model'])}; a "
+            "model that is not on this machine is fetched first, which takes a while."
+        )
+        self.quiet = True
+        try:
+            self.tables.value = ""
+            with self.strip.hold_sync():
+                for name, value in explored_state(Exploration(message=sentence)).items():
+                    setattr(self.strip, name, value)
+        finally:
+            self.quiet = False
+
+    def forget(self, change: dict[str, Any]) -> None:
+        "Begin a search anew, since another thing is looked for."
+        self.reached = None
+        show_text(self.told, "")
+
+    def find(self, button: Any) -> None:
+        "Show the next transcript that is as wanted, or say how far it was read."
+        start = (self.explorer.settings["number"] if self.reached is None else self.reached) + 1
+        show_text(self.told, "reading on …")
+        try:
+            wanted = {name: widget.value for name, widget in self.wanted.items()}
+            number, reached = self.explorer.find(start, **wanted)
+        except Exception as e:  # whatever a file or a model raises is said in the view
+            return show_text(self.told, error_sentence(e))
+        shelf, self.reached = self.explorer.shelf, None if number else reached
+        assert shelf is not None
+        if number is not None:
+            self.explorer.set(number=number)
+            show_text(self.told, f"match: transcript {number:,} {shelf.size}")
+        elif shelf.count is not None and reached >= shelf.count:
+            self.reached = 0
+            show_text(self.told, f"none from {start:,} to the end ({reached:,}); press again to begin at 1")
+        else:
+            show_text(self.told, f"none from {start:,} to {reached:,}; press again to read on")
+
+    def read_on(self, button: Any) -> None:
+        "Read on to the end of the file, to say how many transcripts there are."
+        shelf = self.explorer.shelf
+        assert shelf is not None  # else the button cannot be pressed
+        show_text(self.told, "counting …")
+        try:
+            reached = shelf.find(shelf.passed + 1, lambda transcript: False, 60.0)[1]
+        except TranscriptError as e:
+            return show_text(self.told, error_sentence(e))
+        self.size.value, self.count.disabled = shelf.size, shelf.count is not None
+        more = "" if self.count.disabled else " so far; press again to read on"
+        show_text(self.told, f"{reached:,} transcripts{more}")
 
     def paste(self, button: Any) -> None:
         "Show what was pasted, or say what is wrong with it."
@@ -1094,6 +1242,8 @@ class ExplorerBox:
             widget.value = value if value in values else None
         self.file.value = str(s["transcripts"]) if isinstance(s["transcripts"], (str, Path)) else ""
         self.number.value, self.length.value = number, whole(s["max_length"], 0)
+        self.size.value = "" if shelf is None else shelf.size
+        self.count.disabled = shelf is None or shelf.count is not None
         self.model.value = model_name(s["model"])
         self.adapt.value = s["adapt"] if isinstance(s["adapt"], str) else ",".join(s["adapt"])
         self.back.disabled = number <= 1

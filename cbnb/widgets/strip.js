@@ -122,6 +122,8 @@ function keep(name, value) {
   try { localStorage.setItem(name, value); } catch { /* then it is not kept */ }
 }
 
+const GONE = "The kernel that made this view was restarted or has ended. What is shown can still be read; to choose anew, run the cell again.";
+
 // Creates a strip in `el` from `model`; returns a function that takes it down.
 function createStrip(el, model) {
   const id = `cb${++strips}`;
@@ -130,6 +132,7 @@ function createStrip(el, model) {
   let moved = false;      // whether the reader has scrolled or chosen, and the strip may no longer scroll by itself
   const memory = el.closest(".cb-kl") ? "cbnb-kl-height" : "cbnb-strip-height";
   let tall = "";      // the height that was set here; another one was dragged
+  let gone = false;      // whether the kernel is
   let blanks = false;      // whether blanks are written out
   let ahead = 0;      // 1 where the position that predicts a token is marked in its place
 
@@ -356,7 +359,7 @@ function createStrip(el, model) {
     labels.shift.hidden = !masked; boundary.hidden = !masks.length; differing.hidden = masks.length < 2;
     mode.value = c.view; first.value = c.a?.name ?? ""; second.value = c.b?.name ?? ""; heat.value = c.heat?.name ?? "";
     shift.checked = Boolean(model.get("predicting"));
-    const text = model.get("message");
+    const text = gone ? GONE : model.get("message");
     message.textContent = text; message.hidden = !text;
     for (const part of [bar, body, about, key]) part.hidden = Boolean(text) && !tokens.n;
     legend(c);
@@ -616,7 +619,8 @@ function createStrip(el, model) {
     try { act(); } catch (error) { message.textContent = `This view cannot be shown: ${error.message}`; message.hidden = false; }
   };
   const listeners = { "change:tokens": rebuild, "change:masks": colours, "change:heats": colours, "change:view": recolour, "change:a": recolour, "change:b": recolour,
-    "change:heat": recolour, "change:predicting": recolour, "change:message": recolour, "change:selected": chose };
+    "change:heat": recolour, "change:predicting": recolour, "change:message": recolour, "change:selected": chose,
+    comm_live_update: () => { gone = true; around(current()); } };
   for (const name of Object.keys(listeners)) model.on(name, listeners[name] = told(listeners[name]));
   rebuild();
   return () => {
