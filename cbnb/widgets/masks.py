@@ -329,12 +329,12 @@ def mask_frame(exploration: Exploration) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["mask", "tokens", "share", *["kept"] * cut, "finds", "note"])
 
 # %% ../../nbs/widgets/02_masks.ipynb #926dfe2d
-def finding_frame(exploration: Exploration, chosen: Collection[str] | None = None) -> pd.DataFrame:
-    """Return a frame with one row for each different finding of the masks `chosen` (names; None: all): the
+def finding_frame(exploration: Exploration, only: Collection[str] | None = None) -> pd.DataFrame:
+    """Return a frame with one row for each different finding of the masks `only` (names; None: all): the
     `masks` that have it, its `kind`, what that `means`, the `messages`, and `what` was found."""
     names: dict[tuple, list[str]] = {}
     for name, f in exploration.findings:
-        if chosen is None or name in (*chosen, "every mask"):
+        if only is None or name in (*only, "every mask"):
             names.setdefault((f.kind, f.messages, f.text), []).append(name)
     rows = [
         (", ".join(masks), kind, FINDING_KINDS[kind], ", ".join(str(i) for i in messages if i >= 0), text)
@@ -552,23 +552,23 @@ def count_tables(encoding: Encoding, masks: Iterable[ShownMask]) -> list[str]:
     return [frame_html(frame, captions[by], "numbers") for by, frame in counts.items()]
 
 # %% ../../nbs/widgets/02_masks.ipynb #733cc6c8
-def audit_html(exploration: Exploration, chosen: Collection[str] | None = None) -> str:
-    "Return what the audit finds of the masks `chosen` (names; None: all), as script-free HTML."
-    whose = "every mask" if chosen is None else " and ".join(map(visible, chosen))
-    findings = finding_frame(exploration, chosen)
+def audit_html(exploration: Exploration, only: Collection[str] | None = None) -> str:
+    "Return what the audit finds of the masks `only` (names; None: all), as script-free HTML."
+    whose = "every mask" if only is None else " and ".join(map(visible, only))
+    findings = finding_frame(exploration, only)
     if not len(findings):
         return f"<p>The audit finds nothing wrong with {escape(whose)}.</p>"
     minor = "" if {*findings.kind} - MINOR else ": nothing is wrong, but note"
     return frame_html(findings, f"Audit of {whose}{minor}", "words")
 
 # %% ../../nbs/widgets/02_masks.ipynb #st5aud01
-def explored_html(exploration: Exploration, chosen: Collection[str] | None = None) -> str:
-    """Return the tables of an `Exploration` as script-free HTML: masks, the findings of those `chosen`
+def explored_html(exploration: Exploration, only: Collection[str] | None = None) -> str:
+    """Return the tables of an `Exploration` as script-free HTML: masks, the findings of those `only`
     (names; None: all), counts by role, turn and label, and the record."""
     if exploration.transcript is None:
         return ""
     record = frame_html(record_frame(exploration.transcript), "", "words")
-    audit = audit_html(exploration, None if exploration.encoding is None else chosen)
+    audit = audit_html(exploration, None if exploration.encoding is None else only)
     record = f"<details><summary>The record</summary>{record}</details>"
     if exploration.encoding is None:
         messages = message_frame(exploration.transcript)
@@ -632,11 +632,11 @@ def explored_state(
 # %% ../../nbs/widgets/02_masks.ipynb #st5aud02
 def chosen_masks(exploration: Exploration, state: Mapping[str, Any]) -> list[str]:
     "Return the names of the masks that the `state` of a strip shows: mask A, of a difference mask B too."
-    shown = {
+    names = {
         state["a"].removesuffix(TRUNCATED),
         state["b"].removesuffix(TRUNCATED) * (state["view"] == "difference"),
     }
-    return [m.name for m in exploration.masks if visible(m.name) in shown]
+    return [m.name for m in exploration.masks if visible(m.name) in names]
 
 # %% ../../nbs/widgets/02_masks.ipynb #a52e3375
 def explored_view(
@@ -929,9 +929,9 @@ class MaskExplorer:
         by_role = tuple(s["control"].items()) if isinstance(s["control"], dict) else s["control"]
         return load_masker(**{name: s[name] for name in MASKER_SETTINGS} | {"control": by_role})
 
-    def find(self, start: int, finding: str = "", **wanted: str) -> tuple[int | None, int]:
+    def find(self, start: int, finding: str = "", **query: str) -> tuple[int | None, int]:
         """Return what `Shelf.find` gives from the number `start` on for transcripts that `matches` as
-        `wanted` and of whose mask A the audit has the `finding` ("": any or none). Raises TranscriptError
+        `query` and of whose mask A the audit has the `finding` ("": any or none). Raises TranscriptError
         without transcripts, and what a model raises."""
         need(self.shelf is not None, "the explorer", "has no transcripts to search; name a file")
         masker = self.load_masker() if finding else None
@@ -939,8 +939,8 @@ class MaskExplorer:
         policy = (self.settings["policies"] or {}).get(name, name)
 
         def test(transcript: Transcript) -> bool:
-            if not matches(transcript, **wanted) or masker is None:
-                return matches(transcript, **wanted)
+            if not matches(transcript, **query) or masker is None:
+                return matches(transcript, **query)
             t = adapt(transcript, masker.adapt)
             window = self.settings["max_length"], self.settings["side"]
             findings = audit_one(1, t, encode_each(masker, [t])[0], policy, *window).findings
@@ -1143,20 +1143,20 @@ class ExplorerBox:
         start = (self.explorer.settings["number"] if self.reached is None else self.reached) + 1
         show_text(self.told, "reading on …")
         try:
-            wanted = {name: widget.value for name, widget in self.wanted.items()}
-            number, reached = self.explorer.find(start, **wanted)
+            query = {name: widget.value for name, widget in self.wanted.items()}
+            number, end = self.explorer.find(start, **query)
         except Exception as e:  # whatever a file or a model raises is said in the view
             return show_text(self.told, error_sentence(e))
-        shelf, self.reached = self.explorer.shelf, None if number else reached
+        shelf, self.reached = self.explorer.shelf, None if number else end
         assert shelf is not None
         if number is not None:
             self.explorer.set(number=number)
             show_text(self.told, f"match: transcript {number:,} {shelf.size}")
-        elif shelf.count is not None and reached >= shelf.count:
+        elif shelf.count is not None and end >= shelf.count:
             self.reached = 0
-            show_text(self.told, f"none from {start:,} to the end ({reached:,}); press again to begin at 1")
+            show_text(self.told, f"none from {start:,} to the end ({end:,}); press again to begin at 1")
         else:
-            show_text(self.told, f"none from {start:,} to {reached:,}; press again to read on")
+            show_text(self.told, f"none from {start:,} to {end:,}; press again to read on")
 
     def read_on(self, button: Any) -> None:
         "Read on to the end of the file, to say how many transcripts there are."
@@ -1164,12 +1164,12 @@ class ExplorerBox:
         assert shelf is not None  # else the button cannot be pressed
         show_text(self.told, "counting …")
         try:
-            reached = shelf.find(shelf.passed + 1, lambda transcript: False, 60.0)[1]
+            n = shelf.find(shelf.passed + 1, lambda transcript: False, 60.0)[1]
         except TranscriptError as e:
             return show_text(self.told, error_sentence(e))
         self.size.value, self.count.disabled = shelf.size, shelf.count is not None
         more = "" if self.count.disabled else " so far; press again to read on"
-        show_text(self.told, f"{reached:,} transcripts{more}")
+        show_text(self.told, f"{n:,} transcripts{more}")
 
     def paste(self, button: Any) -> None:
         "Show what was pasted, or say what is wrong with it."

@@ -133,8 +133,8 @@ def strip_tokens(encoding: Encoding, tokenizer: PreTrainedTokenizerFast | None =
         extra, part = tokenizer.added_tokens_decoder, partial_bytes(tokenizer)
         kind_of = {token: 1 if token in extra else 2 if part(token) else 0 for token in {*numbers} - {-1}}
     kinds = [kind_of.get(token, 0) for token in numbers]
-    texts, shown = plain_texts(encoding), piece_texts(encoding, tokenizer)
-    forms = [(text, kind, s if kind == 2 else "") for text, kind, s in zip(texts, kinds, shown, strict=True)]
+    texts, pieces = plain_texts(encoding), piece_texts(encoding, tokenizer)
+    forms = [(text, kind, s if kind == 2 else "") for text, kind, s in zip(texts, kinds, pieces, strict=True)]
     index = {form: k for k, form in enumerate(dict.fromkeys(forms))}
     marks, note = mark_injection(encoding)
     return {
