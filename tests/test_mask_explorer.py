@@ -214,6 +214,27 @@ def test_long_tables_are_cut_and_say_so(masker):
     assert "… 501 more rows" in explored_html(explore(Transcript("many", turns), masker))
 
 
+def test_an_end_left_out_by_design_is_a_note(masker):
+    "And an own policy that leaves it out fails, unless it says that it is meant to."
+    own = replace(ALL_POLICIES["tool_calls_only"], open_end=False)
+    finds = mask_frame(explore(INJECTED[0], masker, {"own": own})).set_index("mask").finds
+    for name in ("tool_calls_only", "action_prefix_only"):
+        assert finds[name] == "✓ nothing, note: eot_by_design"
+    assert finds["own"] == "✗ eot_untrained"
+
+
+def test_the_audit_is_of_the_masks_that_are_shown():
+    "Live, the sentences follow the choice of a reader: mask A, and mask B where a difference is shown."
+    explorer = mask_explorer(INJECTED, a="post_injection_only")
+    box = explorer.box = ExplorerBox(explorer)
+    assert "The audit finds nothing wrong with post_injection_only." in box.tables.value
+    box.strip.view = "difference"
+    assert "Audit of post_injection_only and first_header" in box.tables.value
+    box.strip.a = "tool_calls_only"
+    box.strip.view = "mask"
+    assert "Audit of tool_calls_only: nothing is wrong, but note" in box.tables.value
+
+
 @pytest.mark.parametrize("name", ["assistant_only", *COUNT_COLUMNS])
 def test_a_name_that_a_column_has_is_refused(masker, name):
     with pytest.raises(ValueError, match=f"cannot be called {name}"):
@@ -356,7 +377,7 @@ def test_a_file_is_read_no_further_than_asked(tmp_path):
         shelf.more
         and len(shelf.listing) == masks.LISTED
         and many.read == masks.LISTED + 1
-        and shelf.count is None
+        and shelf.count == 1200
     )
     assert (
         shelf.at(700) is many[699]
@@ -368,6 +389,59 @@ def test_a_file_is_read_no_further_than_asked(tmp_path):
     with pytest.raises(TranscriptError, match="no transcript 1201; it holds 1,200"):
         shelf.at(1201)
     assert shelf.count == 1200
+
+
+def test_a_transcript_is_found_among_many(tmp_path, monkeypatch):
+    "By label, kind, text and finding, reading no further than to the first; the count is known at the end."
+    path = tmp_path / "many.jsonl"
+    write_transcripts(path, [*make_transcripts("plain", 600), *INJECTED, BAD[0]])
+    explorer = mask_explorer(path)
+    box = explorer.box = ExplorerBox(explorer)
+    assert box.size.value == "of more than 500" and not box.count.disabled
+    box.wanted["label"].value = "harmful"
+    box.match.click()
+    assert explorer.settings["number"] == 601 and explorer.exploration.transcript == INJECTED[0]
+    assert "transcript 601" in box.told.value and explorer.shelf.passed == 601
+    box.wanted["text"].value = "NO SUCH WORDS"
+    assert not box.told.value
+    box.match.click()
+    assert "none from 602 to the end (603)" in box.told.value and box.size.value == "of more than 500"
+    box.match.click()
+    assert "none from 1 to the end" in box.told.value
+    for name, value in (("label", ""), ("text", ""), ("finding", "all_zero")):
+        box.wanted[name].value = value
+    box.match.click()
+    assert explorer.exploration.transcript.id == "all-zero" and box.size.value == "of 603"
+    monkeypatch.setattr(masks.time, "monotonic", iter(range(0, 10**6, 10)).__next__)
+    explorer = mask_explorer(path)
+    box = ExplorerBox(explorer)
+    box.wanted["kind"].value = "injection-TRAIN"
+    box.match.click()
+    assert "none from 2 to 2; press again to read on" in box.told.value
+    box.count.click()
+    assert "so far" in box.told.value and not box.count.disabled
+
+
+def test_what_is_going_on_is_said_in_the_place_of_old_tokens(monkeypatch):
+    "While a model is fetched; and an empty field changes nothing, in a sentence."
+    explorer = mask_explorer(INJECTED)
+    box = explorer.box = ExplorerBox(explorer)
+    seen = []
+    load = masks.load_masker
+    monkeypatch.setattr(
+        masks,
+        "load_masker",
+        lambda **given: seen.append((box.strip.message, box.strip.tokens)) or load(**given),
+    )
+    box.model.value = "/no/such/model"
+    [(message, tokens)] = seen
+    assert "tokenizer of /no/such/model" in message and not tokens["ids"] and "no such" in box.strip.message
+    box.model.value = ""
+    assert "was empty" in box.note.value and box.model.value == "/no/such/model"
+    box.model.value = "tinyagent"
+    box.file.value = "x.jsonl"
+    box.file.value = ""
+    assert "field file was empty" in box.note.value and box.file.value == "x.jsonl"
 
 
 def test_records_that_cannot_be_read_are_told(tmp_path):
@@ -509,11 +583,11 @@ def test_the_page_marks_predicting_positions(pages, page_text):
 def test_the_page_holds_all_tables(pages, page_text):
     page = pages.open(page_text)
     captions = page.locator("caption").all_inner_texts()
-    assert captions[:2] == [
-        "Masks of tinyagent, as training takes them; kept: in a window of 90 tokens (targets)",
-        "Audit: what is wrong",
+    assert captions[:1] == [
+        "Masks of tinyagent, as training takes them; kept: in a window of 90 tokens (targets)"
     ]
-    assert captions[2:5] == ["Tokens by role", "Tokens by message and turn", "Tokens by label"]
+    assert captions[1:4] == ["Tokens by role", "Tokens by message and turn", "Tokens by label"]
+    assert page.get_by_text("The audit finds nothing wrong with post_injection_only.").is_visible()
     assert page.locator("tr", has_text="trains_tool_result").count() >= 1
     page.get_by_text("The record").click()
     assert page.get_by_text("expected_call").is_visible()

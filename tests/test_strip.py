@@ -1,6 +1,7 @@
 """The token strip in a real browser: its standalone page, and the widget beside a kernel."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import pytest
 import helpers
 from cbnb.masking.audit import Totals, audit, audit_page, terminal_lines
 from cbnb.masking.masker import ChatMasker
+from cbnb.masking.owned import mark_injection
 from cbnb.masking.policies import Encoding, loss_mask
 from cbnb.masking.turns import Segment
 from cbnb.step.models import load_tokenizer
@@ -120,6 +122,19 @@ def test_differences_are_marked_and_found(pages, html, encoding):
     assert page.locator(".cb-view .plus, .cb-view .minus").count() == 0
 
 
+def test_a_sign_stands_once_for_a_run(pages, html, encoding):
+    "Above its first token and, where it goes on, above the first one of each message; never inside the text."
+    page = pages.open(html)
+    page.select_option(SHOW, "difference")
+    a, b = (loss_mask(encoding, p) for p in POLICIES[:2])
+    only = b & ~a
+    begins = np.append(True, encoding.message_index[1:] != encoding.message_index[:-1])
+    begins[1:] |= ~only[:-1]
+    signs = tokens(page).evaluate_all("spans => spans.map(s => s.dataset.sign ?? '')")
+    assert [i for i, sign in enumerate(signs) if sign] == np.flatnonzero(only & begins).tolist()
+    assert {*signs} == {"", "−"} and not re.search("[−+]", page.locator(".cb-view").inner_text())
+
+
 def test_the_predicting_position_is_one_to_the_left(pages, html, encoding):
     page = pages.open(html)
     page.get_by_label("predicting position").check()
@@ -132,6 +147,95 @@ def test_the_predicting_position_is_one_to_the_left(pages, html, encoding):
     )[1] in about(page)
     tokens(page).last.click()
     assert "predicts nothing" in about(page)
+
+
+def in_view(page, i):
+    "Whether token `i` is in the page and in the part of the strip that is seen."
+    box, view = tokens(page).nth(i).bounding_box(), page.locator(".cb-view").bounding_box()
+    return view["y"] <= box["y"] <= view["y"] + view["height"] - box["height"]
+
+
+def test_it_opens_where_something_is_to_be_seen(pages, html, encoding):
+    """At the first trained token, the first difference, the largest value; no more once a reader has
+    scrolled. The height follows the window, and what was dragged is kept."""
+    page = pages.open(html)
+    page.set_viewport_size({"width": 700, "height": 300})
+    page.reload()
+    a, b = (loss_mask(encoding, p) for p in POLICIES[:2])
+    last = np.flatnonzero(loss_mask(encoding)).max()
+    places = {"mask": a.argmax(), "difference": (a != b).argmax(), "heat": last}
+    for view, place in places.items():
+        page.select_option(SHOW, view)
+        assert in_view(page, int(place)) and not chosen(page), view
+    page.select_option(SHOW, "difference")
+    page.select_option(SHOW, "heat")
+    assert in_view(page, int(places["heat"]))
+    page.locator(".cb-view").hover()
+    page.mouse.wheel(0, -9999)
+    page.wait_for_timeout(200)
+    page.select_option(SHOW, "mask")
+    assert not in_view(page, int(places["mask"])) and in_view(page, 0)
+    page.set_viewport_size({"width": 1280, "height": 1000})
+    assert page.locator(".cb-view").bounding_box()["height"] == 500
+    box = page.locator(".cb-view").bounding_box()
+    page.mouse.move(box["x"] + box["width"] - 5, box["y"] + box["height"] - 5)
+    page.mouse.down(), page.mouse.move(box["x"] + 900, box["y"] + 650, steps=3), page.mouse.up()
+    height = page.locator(".cb-view").bounding_box()["height"]
+    assert height > 600
+    page.reload()
+    assert abs(page.locator(".cb-view").bounding_box()["height"] - height) <= 1
+    pages.assert_clean()
+
+
+def test_the_injected_text_is_marked(pages, html, encoding, masker):
+    "In every view, by brackets too; on a token in words; and where it cannot be located, that is said."
+    page = pages.open(html)
+    marks, note = mark_injection(encoding)
+    assert not note and 5 < (marks > 0).sum() < 20
+    for view in ("mask", "difference", "heat", "text"):
+        page.select_option(SHOW, view)
+        shown = tokens(page).evaluate_all("spans => spans.map(s => s.classList.contains('inj'))")
+        assert shown == (marks > 0).tolist(), view
+        assert page.locator(".cb-view .cb-bracket").all_inner_texts() == ["injected ⟪", "⟫"]
+        assert f"injected text: {(marks > 0).sum()}" in page.locator(".cb-key").inner_text()
+    for at, words in (
+        (np.flatnonzero(marks == 2)[0], ", injected text of message 3"),
+        (40, "message 1 (user);"),
+    ):
+        tokens(page).nth(int(at)).click()
+        assert words in about(page)
+    lost = token_strip(replace(encoding, injection_contents={}), masker.tokenizer).static()
+    page = pages.open(lost.html)
+    for words in (page.locator(".cb-key").inner_text(), lost.plain):
+        assert "Injected text that is NOT marked: that of message 3" in words
+    assert page.locator(".cb-t.inj").count() == 0
+    pages.assert_clean()
+
+
+COPY = """([from, to]) => { const spans = document.querySelectorAll('.cb-view .cb-t'), range = document.createRange();
+    range.setStart(spans[from].firstChild, 1); range.setEnd(spans[to], 1);
+    getSelection().removeAllRanges(); getSelection().addRange(range);
+    const event = new ClipboardEvent('copy', {clipboardData: new DataTransfer(), bubbles: true, cancelable: true});
+    spans[from].dispatchEvent(event); return event.clipboardData.getData('text/plain') }"""  # noqa: E501
+
+
+def test_text_is_copied_as_it_stands(pages, html, encoding, masker):
+    "Blanks are blanks unless asked for; what is copied has no sign of the strip in it."
+    page = pages.open(html)
+    page.select_option(SHOW, "difference")
+    n, text, ends = len(encoding.input_ids), encoding.text, encoding.offsets[:, 1]
+    assert page.evaluate(COPY, [0, n - 1]) == text[1:]
+    assert page.evaluate(COPY, [60, 90]) == text[encoding.offsets[60, 0] + 1 : ends[90]]
+    assert "·" not in page.locator(".cb-view").inner_text()
+    page.get_by_label("visible blanks").check()
+    assert "Read·the·page" in page.locator(".cb-view").inner_text()
+    assert page.evaluate(COPY, [0, n - 1]) == text[1:]
+    odd = masker.encode([{"role": "user", "content": "a · 囍\t b\n\n🙂 c"}])
+    page = pages.open(token_strip(odd, masker.tokenizer).static().html)
+    assert page.evaluate(COPY, [0, len(odd.input_ids) - 1]) == odd.text[1:]
+    page.fill(SEARCH, "· 囍\t")
+    page.locator(".cb-note", has_text="1 hit").wait_for()
+    pages.assert_clean()
 
 
 def test_keys(pages, html, encoding):
@@ -191,7 +295,7 @@ def test_search_goes_across_tokens(pages, html, encoding):
     page.locator(SEARCH).press("Enter")
     at = encoding.text.index(wanted)
     assert chosen(page) == [int(np.searchsorted(encoding.offsets[:, 1], at, side="right"))]
-    assert wanted.replace(" ", "·") in "".join(page.locator(".cb-t.hit").all_inner_texts())
+    assert wanted in "".join(page.locator(".cb-t.hit").all_inner_texts()).replace("\xa0", " ")
     page.fill(SEARCH, "nothing like this")
     page.locator(".cb-note", has_text="0 hits").wait_for()
     assert page.locator(".cb-t.hit").count() == 0
@@ -200,10 +304,13 @@ def test_search_goes_across_tokens(pages, html, encoding):
 def test_heat(pages, html, encoding):
     page = pages.open(html)
     page.select_option(SHOW, "heat")
-    levels = tokens(page).evaluate_all("spans => spans.map(s => s.dataset.h ?? null)")
+    levels = tokens(page).evaluate_all("spans => spans.map(s => / h(\\d)/.exec(s.className)?.[1] ?? null)")
     assert [level is not None for level in levels] == loss_mask(encoding).tolist()
     values = [int(level) for level in levels if level is not None]
     assert values == sorted(values) and values[-1] == 9
+    signs = tokens(page).evaluate_all("spans => spans.map(s => s.dataset.sign ?? null)")
+    runs = [i for i, level in enumerate(levels) if level and level != ([None, *levels])[i]]
+    assert [i for i, sign in enumerate(signs) if sign] == runs, "a sign for each run, and for no token more"
     assert {"cb-t na", "cb-t e1 na"} & set(tokens(page).evaluate_all("spans => spans.map(s => s.className)"))
 
 
@@ -218,9 +325,9 @@ def test_nothing_of_a_transcript_is_markup(pages):
     )
     for page in (pages.open(strip.static().html), pages.framed(strip.static()._repr_html_())):
         page = page if page.locator(".cb-t").count() else page.child_frames[0]
-        shown = [t.removesuffix("\n") for t in tokens(page).all_inner_texts()]
+        shown = [t.removesuffix("\n").replace("\xa0", " ") for t in tokens(page).all_inner_texts()]
         assert shown == [
-            "<img·src=x·onerror=alert(1)>",
+            "<img src=x onerror=alert(1)>",
             *HOSTILE[1:3],
             "\\u202egnol",
             "\\x1b[31m",

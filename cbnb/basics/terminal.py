@@ -28,7 +28,7 @@ Item = TypeVar("Item")
 # %% ../../nbs/basics/02_terminal.ipynb #ter00006
 # printable by name, and draw nothing
 UNSEEN = re.compile(
-    "[⟦⟧\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U00016fe4\U0001d159\U000e0100-\U000e01ef]"  # noqa: E501
+    "[⟦⟧⟪⟫\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U00016fe4\U0001d159\U000e0100-\U000e01ef]"  # noqa: E501
 )
 
 
@@ -39,7 +39,7 @@ def visible(text: object, signs: Mapping[str, str] = TERMINAL_SIGNS) -> str:
     """Return `text` (anything; its `str`) with nothing left that a terminal obeys or that the eye misses:
     characters in `signs` by their sign (line ends ⏎, tabs ⇥), every other character that does not print
     (control, direction, zero-width, filler, variation selector, lone surrogate) and the brackets of trained
-    tokens as escapes."""
+    tokens and of injected text as escapes."""
     text = str(text)
     if text.isprintable() and not UNSEEN.search(text) and signs.keys().isdisjoint(text):
         return text

@@ -159,7 +159,7 @@ class Search:
 
 # %% ../../nbs/data/02_spans.ipynb #fef8d6af
 def span_lines(number: int, transcript: Transcript, how: list[str], around: int = 60) -> Iterator[str]:
-    """Yield the lines that show the spans of a transcript in a terminal: each in ⟦ ⟧ with `around`
+    """Yield the lines that show the spans of a transcript in a terminal: each in ⟪ ⟫ with `around`
     characters before and after it."""
     yield visible(f"transcript {number}: {transcript.id} ({transcript.label}), by {', '.join(how)}")
     for span in transcript.injection_spans:
@@ -174,7 +174,7 @@ def span_lines(number: int, transcript: Transcript, how: list[str], around: int 
         )
         yield (
             f"  {span.message:>3} {transcript.messages[span.message]['role']:<9} {span.start}:{span.end}  "
-            f"{before}⟦{inside}⟧{after}"
+            f"{before}⟪{inside}⟫{after}"
         )
 
 # %% ../../nbs/data/02_spans.ipynb #8cd459af

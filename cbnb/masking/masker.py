@@ -344,12 +344,13 @@ class ChatMasker:
         For templates that rewrite history (Qwen 3 drops the thinking of earlier turns): each turn then looks
         as it did when it was generated. Assistant messages that share a turn give one sample; one that the
         template does not write gives none, and a warning in the next."""
-        spans = check_spans(injection_spans, read_conversation(self, messages, tools).messages)
+        read = read_conversation(self, messages, tools).messages
+        spans = check_spans(injection_spans, read)
+        contents = {s.message: read[s.message]["content"] for s in spans}
         label, labels = check_labels(label, message_labels, messages)
-        return [
-            replace(sample, injection_spans=spans, label=label, message_labels=labels)
-            for sample in turn_samples(self, messages, tools)
-        ]
+        more: dict[str, Any] = dict(label=label, message_labels=labels)
+        more |= dict(injection_spans=spans, injection_contents=contents)
+        return [replace(sample, **more) for sample in turn_samples(self, messages, tools)]
 
     def prompt(self, messages: Sequence[dict[str, Any]], tools: list[Any] | None = None) -> str:
         """Return the text of `messages` and the header of the next assistant turn: what the model sees before
@@ -656,8 +657,10 @@ def check_item(
     do not depend on tokens. Raises MaskError for what a check refuses."""
     talk = read_conversation(masker, messages, tools)
     label, labels = check_labels(label, message_labels, talk.messages)
+    spans = check_spans(injection_spans, talk.messages)
     fields = dict(
-        injection_spans=check_spans(injection_spans, talk.messages),
+        injection_spans=spans,
+        injection_contents={s.message: talk.messages[s.message]["content"] for s in spans},
         roles=tuple(m["role"] for m in talk.messages),
         label=label,
         message_labels=labels,

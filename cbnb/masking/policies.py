@@ -40,7 +40,8 @@ class Encoding:
     `label` of the transcript ("benign", "harmful" or None) and `message_labels` by message index; `rules`
     uint8 [n] (`Rule`); `turns`, every located assistant turn; `turn`, the message whose turn alone is
     completion (`split_turns`), or None for all; `lost_words` and `lost_calls`, assistant messages of which
-    the template writes nothing, or none of the tool calls."""
+    the template writes nothing, or none of the tool calls; `injection_contents`, the contents of the messages
+    that hold injected text, by message index (`cbnb.masking.owned` looks for the text in the tokens)."""
 
     text: str
     input_ids: np.ndarray
@@ -57,6 +58,7 @@ class Encoding:
     turn: int | None = None
     lost_words: tuple[int, ...] = ()
     lost_calls: tuple[int, ...] = ()
+    injection_contents: dict[int, str] = field(default_factory=dict)
 
     def why(self, i: int, policy: AnyPolicy = "assistant_only", label: str | None = None) -> Reason:
         """Return the `Reason` why token `i` is in the mask of `policy` (and `label`) or out of it. Its str is
@@ -136,12 +138,14 @@ class Policy:
     """A rule that makes a loss mask: `policy(encoding)` is bool [n], true where all `conditions` hold.
 
     `name`: what it is called; `trainable`: whether a run may train with it; `meaning`: the tokens that it
-    trains, in a few words. Raises MaskError for a policy without a name or without conditions."""
+    trains, in a few words; `open_end`: whether it leaves the end of a turn out by design. Raises MaskError
+    for a policy without a name or without conditions."""
 
     name: str
     conditions: tuple[Condition, ...]
     trainable: bool = True
     meaning: str = ""
+    open_end: bool = False
 
     def __post_init__(self) -> None:
         own = self.conditions
@@ -236,6 +240,7 @@ tool_calls_only = Policy(
     "tool_calls_only",
     (*assistant_only.conditions, Condition(tool_call, "", "which is no tool call")),
     meaning="tool calls: syntax, name and arguments, without the end-of-turn token",
+    open_end=True,
 )
 
 # %% ../../nbs/masking/04_policies.ipynb #c0414b59
@@ -274,6 +279,7 @@ action_prefix_only = Policy(
     "action_prefix_only",
     (*assistant_only.conditions, Condition(call_prefix, BETWEEN, f"not {BETWEEN}")),
     meaning="each tool call from its first token to the end of the tool's name: where the action is decided",
+    open_end=True,
 )
 
 # %% ../../nbs/masking/04_policies.ipynb #6809ede0

@@ -79,7 +79,8 @@ def place_sample(sample: Sample, transcript: Transcript, encoding: Encoding, pol
     mask[start : start + len(sample.loss_mask)] = sample.loss_mask
     inside[start : start + len(sample.loss_mask)] = True
     targets = training_mask(encoding, transcript, policy) & inside
-    return Placement(transcript, encoding, mask, targets, tuple(mask_findings(encoding, mask, transcript)))
+    defects = mask_findings(encoding, mask, transcript, open_end=find_policy(policy).open_end)
+    return Placement(transcript, encoding, mask, targets, tuple(defects))
 
 # %% ../../nbs/preflight/03_data_checks.ipynb #e4d1e486
 def place_samples(
@@ -119,9 +120,7 @@ BY_DESIGN: dict[str, set[str]] = {
         "trains_user",
         "trains_system",
         "trains_template",
-    },
-    "tool_calls_only": {"eot_untrained"},
-    "action_prefix_only": {"eot_untrained"},
+    }
 }
 WORST = 10  # samples that are shown
 

@@ -13,8 +13,9 @@ import itertools
 import json
 import re
 import tempfile
+import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
@@ -30,10 +31,11 @@ __all__ = ['COUNT_COLUMNS', 'LONG_PAGE', 'BREAKING_PAGE', 'RIVER', 'KNOWN_BAD', 
            'error_sentence', 'own_policies', 'known_policies', 'audit_mask', 'apply_each', 'Exploration', 'explore',
            'count_frame', 'verdict', 'mask_frame', 'finding_frame', 'chatml_header', 'make_tool', 'make_call',
            'page_task', 'known_bad', 'safe_cell', 'token_frame', 'csv_text', 'shorten', 'cell_text', 'frame_html',
-           'record_frame', 'message_frame', 'mask_caption', 'count_tables', 'explored_html', 'mask_entry',
-           'mask_entries', 'explored_state', 'explored_view', 'skipped_sentence', 'Shelf', 'read_any_label',
-           'read_pasted', 'read_entries', 'as_shelf', 'load_masker', 'model_name', 'free_path', 'MaskExplorer',
-           'show_text', 'whole', 'make_field', 'make_button', 'make_row', 'ExplorerBox', 'mask_explorer']
+           'record_frame', 'message_frame', 'mask_caption', 'count_tables', 'audit_html', 'explored_html', 'mask_entry',
+           'mask_entries', 'explored_state', 'chosen_masks', 'explored_view', 'skipped_sentence', 'matches', 'Shelf',
+           'read_any_label', 'read_pasted', 'read_entries', 'as_shelf', 'load_masker', 'model_name', 'free_path',
+           'MaskExplorer', 'show_text', 'whole', 'make_field', 'make_button', 'make_row', 'ExplorerBox',
+           'mask_explorer']
 
 # %% ../../nbs/widgets/02_masks.ipynb #488ae3bd
 from ..basics.files import quoted_cell, write_bytes
@@ -45,6 +47,7 @@ from ..masking.adapt import ADAPTATIONS, adapt, adapted_line
 from cbnb.masking.audit import (
     FINDING_KINDS,
     MaskFinding,
+    audit_one,
     encode_each,
     mask_findings,
     message_of,
@@ -74,7 +77,7 @@ from ..masking.templates import MaskError
 from ..masking.turns import Segment
 from ..run.settings import make_masker
 from ..transcripts.reader import TranscriptReader, read_transcripts
-from ..transcripts.record import MAX_LINE_BYTES, Transcript, TranscriptError, need, parse_json
+from ..transcripts.record import LABELS, MAX_LINE_BYTES, Transcript, TranscriptError, need, parse_json
 from ..transcripts.spool import Spooled
 from .strip import POLICY_NOTES, TokenStrip, piece_texts, static_strip, strip_state, view_bundle
 from .views import StaticView, add_style, is_live, table_html, tables_html
@@ -192,14 +195,15 @@ def audit_mask(
     transcript: Transcript,
     max_length: int | None = None,
     side: str = "targets",
+    open_end: bool = False,
 ) -> ShownMask:
-    "Return the `ShownMask` `row` with what truncation leaves of it and with its findings."
+    "Return the `ShownMask` `row` with what truncation leaves of it and with its findings (`mask_findings`)."
     stretch, n = None, len(row.values)
     if max_length is not None and n > max_length:
         stretch = np.zeros(n, bool)
         window = truncation_window(row.values, max_length, side)
         stretch[window] = row.values[window]
-    findings = mask_findings(encoding, row.values, transcript, max_length, side)
+    findings = mask_findings(encoding, row.values, transcript, max_length, side, open_end)
     return replace(row, kept=stretch, findings=tuple(findings))
 
 # %% ../../nbs/widgets/02_masks.ipynb #3bca974b
@@ -222,8 +226,9 @@ def apply_each(
     masks, left_out = [], []
     for name, policy in [*((name, name) for name in known_policies(transcript)), *own_policies(policies)]:
         try:
-            row = explain_mask(encoding, transcript, name, rename_policy(policy, name), label)
-            masks.append(audit_mask(row, encoding, transcript, max_length, side))
+            rule = rename_policy(policy, name)
+            row = explain_mask(encoding, transcript, name, rule, label)
+            masks.append(audit_mask(row, encoding, transcript, max_length, side, rule.open_end))
         except MaskError as e:
             left_out.append((name, error_sentence(e)))
         # a reader's own function may raise anything, and must not take the view with it
@@ -324,12 +329,13 @@ def mask_frame(exploration: Exploration) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["mask", "tokens", "share", *["kept"] * cut, "finds", "note"])
 
 # %% ../../nbs/widgets/02_masks.ipynb #926dfe2d
-def finding_frame(exploration: Exploration) -> pd.DataFrame:
-    """Return a frame with one row for each different finding: the `masks` that have it, its `kind`, what that
-    `means`, the `messages`, and `what` was found."""
+def finding_frame(exploration: Exploration, only: Collection[str] | None = None) -> pd.DataFrame:
+    """Return a frame with one row for each different finding of the masks `only` (names; None: all): the
+    `masks` that have it, its `kind`, what that `means`, the `messages`, and `what` was found."""
     names: dict[tuple, list[str]] = {}
     for name, f in exploration.findings:
-        names.setdefault((f.kind, f.messages, f.text), []).append(name)
+        if only is None or name in (*only, "every mask"):
+            names.setdefault((f.kind, f.messages, f.text), []).append(name)
     rows = [
         (", ".join(masks), kind, FINDING_KINDS[kind], ", ".join(str(i) for i in messages if i >= 0), text)
         for (kind, messages, text), masks in names.items()
@@ -546,18 +552,23 @@ def count_tables(encoding: Encoding, masks: Iterable[ShownMask]) -> list[str]:
     return [frame_html(frame, captions[by], "numbers") for by, frame in counts.items()]
 
 # %% ../../nbs/widgets/02_masks.ipynb #733cc6c8
-def explored_html(exploration: Exploration) -> str:
-    """Return the tables of an `Exploration` as script-free HTML: masks, findings, counts by role, turn and
-    label, and the record."""
+def audit_html(exploration: Exploration, only: Collection[str] | None = None) -> str:
+    "Return what the audit finds of the masks `only` (names; None: all), as script-free HTML."
+    whose = "every mask" if only is None else " and ".join(map(visible, only))
+    findings = finding_frame(exploration, only)
+    if not len(findings):
+        return f"<p>The audit finds nothing wrong with {escape(whose)}.</p>"
+    minor = "" if {*findings.kind} - MINOR else ": nothing is wrong, but note"
+    return frame_html(findings, f"Audit of {whose}{minor}", "words")
+
+# %% ../../nbs/widgets/02_masks.ipynb #st5aud01
+def explored_html(exploration: Exploration, only: Collection[str] | None = None) -> str:
+    """Return the tables of an `Exploration` as script-free HTML: masks, the findings of those `only`
+    (names; None: all), counts by role, turn and label, and the record."""
     if exploration.transcript is None:
         return ""
-    findings, record = (
-        finding_frame(exploration),
-        frame_html(record_frame(exploration.transcript), "", "words"),
-    )
-    audit = "<p>The audit finds nothing wrong with any mask.</p>"
-    if len(findings):
-        audit = frame_html(findings, "Audit: what is wrong", "words")
+    record = frame_html(record_frame(exploration.transcript), "", "words")
+    audit = audit_html(exploration, None if exploration.encoding is None else only)
     record = f"<details><summary>The record</summary>{record}</details>"
     if exploration.encoding is None:
         messages = message_frame(exploration.transcript)
@@ -618,16 +629,26 @@ def explored_state(
     state = strip_state(exploration.encoding, tokenizer, (), title=title, message=message)
     return {**state, "masks": entries, "view": "mask", "a": a, "b": b, **looks}
 
+# %% ../../nbs/widgets/02_masks.ipynb #st5aud02
+def chosen_masks(exploration: Exploration, state: Mapping[str, Any]) -> list[str]:
+    "Return the names of the masks that the `state` of a strip shows: mask A, of a difference mask B too."
+    names = {
+        state["a"].removesuffix(TRUNCATED),
+        state["b"].removesuffix(TRUNCATED) * (state["view"] == "difference"),
+    }
+    return [m.name for m in exploration.masks if visible(m.name) in names]
+
 # %% ../../nbs/widgets/02_masks.ipynb #a52e3375
 def explored_view(
     exploration: Exploration, tokenizer: PreTrainedTokenizerFast | None = None, note: str = "", **looks: Any
 ) -> StaticView:
     """Return the `StaticView` of an `Exploration`: the strip and under it a `note` on its file and the
     tables; `looks` as in `explored_state`."""
-    tables = explored_html(exploration)
+    state = explored_state(exploration, tokenizer, **looks)
+    tables = explored_html(exploration, chosen_masks(exploration, state))
     if note:
         tables = f'<p class="cb-tables">{escape(visible(note))}</p>{tables}'
-    return static_strip(explored_state(exploration, tokenizer, **looks), tables, 900)
+    return static_strip(state, tables, 900)
 
 # %% ../../nbs/widgets/02_masks.ipynb #54f42c08
 LISTED, HELD = 500, 64
@@ -638,6 +659,19 @@ def skipped_sentence(reader: TranscriptReader) -> str:
     n, first = reader.skipped_count, reader.skipped[0]
     records, are = ("record", "is") if n == 1 else ("records", "are")
     return f"{n:,} {records} up to here cannot be read and {are} left out; the first: {first}"
+
+# %% ../../nbs/widgets/02_masks.ipynb #st5fnd02
+def matches(transcript: Transcript, label: str = "", kind: str = "", text: str = "") -> bool:
+    """Return whether a transcript has the `label`, has `kind` in its id, its source or its kind
+    (`meta["kind"]`), and says `text` in its messages or calls. Capitals do not matter, "" asks for
+    nothing."""
+    names = (transcript.id, transcript.source, transcript.meta.get("kind") or "")
+    said = (f"{m.get('content') or ''} {m.get('tool_calls') or ''}" for m in transcript.messages)
+    return (
+        label in ("", transcript.label)
+        and any(kind.lower() in str(name).lower() for name in names)
+        and (not text or any(text.lower() in words.lower() for words in said))
+    )
 
 # %% ../../nbs/widgets/02_masks.ipynb #df823195
 class Shelf:
@@ -653,6 +687,8 @@ class Shelf:
         self.rewind()
         self.listing = [(number, t.id, t.label) for number, t in itertools.islice(self.stream, LISTED)]
         self.more = bool(self.listing) and next(self.stream, None) is not None
+        if isinstance(self.transcripts, Sequence):
+            self.count = len(self.transcripts)
 
     def rewind(self) -> None:
         "Begin anew at the first transcript."
@@ -687,6 +723,27 @@ class Shelf:
             if n == number:
                 return t
         raise TranscriptError(f"{self.name}: there is no transcript {number}; it holds {self.passed:,}")
+
+    def find(
+        self, start: int, test: Callable[[Transcript], bool], seconds: float = 5.0
+    ) -> tuple[int | None, int]:
+        """Return `(number, reached)`: that of the first transcript from the number `start` on of which `test`
+        holds, None where there is none or `seconds` have passed, and that of the last one that was looked at.
+        """
+        if start <= self.passed:
+            self.rewind()
+        end = time.monotonic() + seconds
+        for number, transcript in self.stream:
+            if number >= start and test(transcript):
+                return number, number
+            if time.monotonic() > end:
+                break
+        return None, self.passed
+
+    @property
+    def size(self) -> str:
+        "How many transcripts there are, in words, as far as it is known."
+        return f"of {self.count:,}" if self.count is not None else f"of more than {len(self.listing):,}"
 
 # %% ../../nbs/widgets/02_masks.ipynb #63b063ab
 def read_any_label(read: Callable[[str | None], Shelf]) -> Shelf:
@@ -841,6 +898,9 @@ class MaskExplorer:
         self.settings |= changes
         if changes.keys() & {"transcripts", "relabel", "tools"}:
             self.shelf = None
+        slow = "model" in changes or isinstance(changes.get("transcripts"), (str, Path))
+        if self.box is not None and slow:
+            self.box.wait()
         try:
             self.exploration = self.explore()
         # whatever a model, a file or a template raises: a traceback in place of the view helps nobody
@@ -857,13 +917,37 @@ class MaskExplorer:
             raise TranscriptError("There is no transcript yet: name a file, or paste a record.")
         if self.shelf is None:
             self.shelf = as_shelf(*(s[name] for name in ("transcripts", "relabel", "tools")))
-        transcript = self.shelf.at(s["number"])
-        by_role = tuple(s["control"].items()) if isinstance(s["control"], dict) else s["control"]
-        masker = load_masker(**{name: s[name] for name in MASKER_SETTINGS} | {"control": by_role})
+        transcript, masker = self.shelf.at(s["number"]), self.load_masker()
         self.tokenizer = masker.tokenizer
         names = ("policies", "label", "max_length", "side")
         choice = {name: s[name] for name in names}
         return explore(adapt(transcript, masker.adapt), masker, **choice, model=model_name(s["model"]))
+
+    def load_masker(self) -> ChatMasker:
+        "Return the masker of the settings. Raises what `load_masker` does."
+        s = self.settings
+        by_role = tuple(s["control"].items()) if isinstance(s["control"], dict) else s["control"]
+        return load_masker(**{name: s[name] for name in MASKER_SETTINGS} | {"control": by_role})
+
+    def find(self, start: int, finding: str = "", **query: str) -> tuple[int | None, int]:
+        """Return what `Shelf.find` gives from the number `start` on for transcripts that `matches` as
+        `query` and of whose mask A the audit has the `finding` ("": any or none). Raises TranscriptError
+        without transcripts, and what a model raises."""
+        need(self.shelf is not None, "the explorer", "has no transcripts to search; name a file")
+        masker = self.load_masker() if finding else None
+        name = self.looks["a"].removesuffix(TRUNCATED)
+        policy = (self.settings["policies"] or {}).get(name, name)
+
+        def test(transcript: Transcript) -> bool:
+            if not matches(transcript, **query) or masker is None:
+                return matches(transcript, **query)
+            t = adapt(transcript, masker.adapt)
+            window = self.settings["max_length"], self.settings["side"]
+            findings = audit_one(1, t, encode_each(masker, [t])[0], policy, *window).findings
+            return finding in {f.kind for f in findings}
+
+        assert self.shelf is not None
+        return self.shelf.find(start, test)
 
     def static(self) -> StaticView:
         "Return what is shown as a `StaticView`: one interactive page, and HTML without scripts."
@@ -924,7 +1008,7 @@ class ExplorerBox:
         self.page = make_button("save page (HTML)", "writes what is shown into the working directory")
         self.rows = make_button("save tokens (CSV)", "writes one row per token into the working directory")
         exports = make_row(self.page, self.rows, self.answer)
-        above = [self.transcript_row(), self.paste_box(), self.mask_row(), self.note]
+        above = [self.transcript_row(), self.find_row(), self.paste_box(), self.mask_row(), self.note]
         self.root = ipywidgets.VBox([*above, self.strip, exports, self.tables])
         self.refresh()
         self.listen()
@@ -937,7 +1021,23 @@ class ExplorerBox:
         self.back = make_button("◂ previous", "previous transcript")
         self.forth = make_button("next ▸", "next transcript")
         self.number = make_field(ipywidgets.BoundedIntText, "number", "10em", min=1, max=2**31 - 1)
-        return make_row(self.file, self.pick, self.back, self.forth, self.number)
+        self.size = ipywidgets.Label()
+        return make_row(self.file, self.pick, self.back, self.forth, self.number, self.size)
+
+    def find_row(self) -> Any:
+        "Return what finds a transcript among many."
+        labels, kinds = ([("any", ""), *((n, n) for n in names)] for names in (LABELS, FINDING_KINDS))
+        self.wanted = {
+            "label": make_field(ipywidgets.Dropdown, "find label", "12em", options=labels, value=""),
+            "kind": make_field(ipywidgets.Text, "kind", "13em", placeholder="or id, or source"),
+            "finding": make_field(ipywidgets.Dropdown, "finding", "16em", options=kinds, value=""),
+            "text": make_field(ipywidgets.Text, "text", "16em", placeholder="of a message"),
+        }
+        self.match = make_button("next match ▸", "reads on to the next transcript that is so")
+        self.count = make_button("count all", "reads on to the end of the file")
+        self.reached: int | None = None
+        self.told = ipywidgets.HTML()
+        return make_row(*self.wanted.values(), self.match, self.count, self.told)
 
     def paste_box(self) -> Any:
         "Return where a record can be pasted; folded until it is wanted."
@@ -985,6 +1085,10 @@ class ExplorerBox:
         self.back.on_click(lambda button: self.choose(number=self.number.value - 1))
         self.forth.on_click(lambda button: self.choose(number=self.number.value + 1))
         self.show.on_click(self.paste)
+        self.match.on_click(self.find)
+        self.count.on_click(self.read_on)
+        for widget in self.wanted.values():
+            widget.observe(self.forget, "value")
         self.strip.observe(self.look, ["a", "b", "view", "predicting", "selected"])
         self.page.on_click(lambda button: self.export(self.explorer.save, ".html"))
         self.rows.on_click(lambda button: self.export(self.explorer.to_csv, ".csv"))
@@ -996,13 +1100,76 @@ class ExplorerBox:
 
     def choose_value(self, name: str, change: dict[str, Any]) -> None:
         "Set the setting `name` to what its widget was changed to; a picker that shows nothing sets nothing."
-        if change["new"] is not None:
+        if name == "model" and not change["new"]:
+            self.restore("The field model was empty, so the model is the one before; name another one.")
+        elif change["new"] is not None:
             self.choose(**{name: change["new"]})
 
     def choose_file(self, change: dict[str, Any]) -> None:
         "Show the first transcript of another file; an empty field changes nothing."
         if change["new"]:
             self.choose(transcripts=change["new"], number=1)
+        else:
+            self.restore("The field file was empty, so the transcripts are those before; name another file.")
+
+    def restore(self, sentence: str) -> None:
+        "Put the settings back into the fields, and say why; what is shown stays."
+        if not self.quiet:
+            self.refresh()
+            show_text(self.note, sentence)
+
+    def wait(self) -> None:
+        "Show what is going on in the place of the tokens, so that none of before stand under another name."
+        sentence = (
+            f"Reading the transcripts and the tokenizer of {model_name(self.explorer.settings['model'])}; a "
+            "model that is not on this machine is fetched first, which takes a while."
+        )
+        self.quiet = True
+        try:
+            self.tables.value = ""
+            with self.strip.hold_sync():
+                for name, value in explored_state(Exploration(message=sentence)).items():
+                    setattr(self.strip, name, value)
+        finally:
+            self.quiet = False
+
+    def forget(self, change: dict[str, Any]) -> None:
+        "Begin a search anew, since another thing is looked for."
+        self.reached = None
+        show_text(self.told, "")
+
+    def find(self, button: Any) -> None:
+        "Show the next transcript that is as wanted, or say how far it was read."
+        start = (self.explorer.settings["number"] if self.reached is None else self.reached) + 1
+        show_text(self.told, "reading on …")
+        try:
+            query = {name: widget.value for name, widget in self.wanted.items()}
+            number, end = self.explorer.find(start, **query)
+        except Exception as e:  # whatever a file or a model raises is said in the view
+            return show_text(self.told, error_sentence(e))
+        shelf, self.reached = self.explorer.shelf, None if number else end
+        assert shelf is not None
+        if number is not None:
+            self.explorer.set(number=number)
+            show_text(self.told, f"match: transcript {number:,} {shelf.size}")
+        elif shelf.count is not None and end >= shelf.count:
+            self.reached = 0
+            show_text(self.told, f"none from {start:,} to the end ({end:,}); press again to begin at 1")
+        else:
+            show_text(self.told, f"none from {start:,} to {end:,}; press again to read on")
+
+    def read_on(self, button: Any) -> None:
+        "Read on to the end of the file, to say how many transcripts there are."
+        shelf = self.explorer.shelf
+        assert shelf is not None  # else the button cannot be pressed
+        show_text(self.told, "counting …")
+        try:
+            n = shelf.find(shelf.passed + 1, lambda transcript: False, 60.0)[1]
+        except TranscriptError as e:
+            return show_text(self.told, error_sentence(e))
+        self.size.value, self.count.disabled = shelf.size, shelf.count is not None
+        more = "" if self.count.disabled else " so far; press again to read on"
+        show_text(self.told, f"{n:,} transcripts{more}")
 
     def paste(self, button: Any) -> None:
         "Show what was pasted, or say what is wrong with it."
@@ -1023,9 +1190,18 @@ class ExplorerBox:
             show_text(self.answer, f"nothing was written: {error_sentence(e)}")
 
     def look(self, change: dict[str, Any]) -> None:
-        "Remember what a reader chose in the strip, also while it is empty for a moment."
+        "Remember what a reader chose in the strip, also while it is empty for a moment; audit what is shown."
         if self.strip.masks and not self.quiet:
             self.explorer.looks[change["name"]] = change["new"]
+            if change["name"] in ("a", "b", "view"):
+                self.show_tables()
+
+    def show_tables(self) -> None:
+        "Show the tables for the masks that the strip shows."
+        exploration = self.explorer.exploration
+        self.tables.value = add_style(
+            explored_html(exploration, chosen_masks(exploration, self.strip.state()))
+        )
 
     def refresh(self) -> None:
         "Set all widgets to what the explorer's settings say."
@@ -1039,12 +1215,12 @@ class ExplorerBox:
                 self.note, "" if shelf is None else " ".join(filter(None, (more, shelf.note, shelf.skipped)))
             )
             show_text(self.answer, "")
-            self.tables.value = add_style(explored_html(explorer.exploration))
             explorer.looks["selected"] = -1
             state = explored_state(explorer.exploration, explorer.tokenizer, **explorer.looks)
             with self.strip.hold_sync():
                 for name, value in state.items():
                     setattr(self.strip, name, value)
+            self.show_tables()
         finally:
             self.quiet = False
 
@@ -1066,6 +1242,8 @@ class ExplorerBox:
             widget.value = value if value in values else None
         self.file.value = str(s["transcripts"]) if isinstance(s["transcripts"], (str, Path)) else ""
         self.number.value, self.length.value = number, whole(s["max_length"], 0)
+        self.size.value = "" if shelf is None else shelf.size
+        self.count.disabled = shelf is None or shelf.count is not None
         self.model.value = model_name(s["model"])
         self.adapt.value = s["adapt"] if isinstance(s["adapt"], str) else ",".join(s["adapt"])
         self.back.disabled = number <= 1

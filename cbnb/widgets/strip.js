@@ -46,10 +46,12 @@ function guarded(render) {
   };
 }
 
+// `plain` is the text itself, `texts` what it is written out as, `soft` the same with blanks as blanks.
 function readTokens(model) {
-  const given = model.get("tokens");
+  const given = model.get("tokens"), parts = given.parts || {};
+  const signed = (blank) => given.texts.map((text, k) => parts[k] ?? (text.replaceAll(" ", blank).replaceAll("\t", "⇥").replaceAll("\n", "↵\n") || "∅"));
   const tokens = {
-    texts: given.texts, ids: array(Uint32Array, given.ids), kinds: array(Uint8Array, given.kinds), numbers: array(Int32Array, given.token_ids),
+    plain: given.texts, texts: signed("·"), soft: signed("\u00a0"), injection: array(Uint8Array, given.injection), note: given.injection_note || "", ids: array(Uint32Array, given.ids), kinds: array(Uint8Array, given.kinds), numbers: array(Int32Array, given.token_ids),
     owners: array(Int32Array, given.messages), roles: given.roles, segments: array(Uint8Array, given.segments), names: given.segment_names,
   };
   tokens.n = tokens.ids.length;
@@ -91,11 +93,11 @@ function cutBlocks(tokens) {
   return blocks;
 }
 
-// [first, last] tokens of every place where `query` stands in the shown text, across tokens.
+// [first, last] tokens of every place where `query` stands in the text, across tokens.
 function findText(tokens, query) {
-  const wanted = query.replaceAll(" ", "·").replaceAll("\n", "↵\n").toLowerCase();
+  const wanted = query.toLowerCase();
   if (!wanted) return [];
-  const texts = tokens.texts.map((t) => t.toLowerCase()), starts = new Uint32Array(tokens.n + 1), parts = new Array(tokens.n);
+  const texts = tokens.plain.map((t) => t.toLowerCase()), starts = new Uint32Array(tokens.n + 1), parts = new Array(tokens.n);
   for (let i = 0; i < tokens.n; i++) { parts[i] = texts[tokens.ids[i]]; starts[i + 1] = starts[i] + parts[i].length; }
   const all = parts.join(""), hits = [];
   const token = (at) => {
@@ -104,16 +106,34 @@ function findText(tokens, query) {
     return low;
   };
   for (let at = all.indexOf(wanted); at >= 0 && hits.length < 10000; at = all.indexOf(wanted, at + wanted.length)) {
-    hits.push([token(at), token(at + wanted.length - 1)]);
+    let last = token(at + wanted.length - 1);
+    while (last + 1 < tokens.n && !parts[last + 1]) last++;      // the other parts of its last character
+    hits.push([token(at), last]);
   }
   return hits;
 }
+
+// A number that was kept in this browser under `name`, or null: a sandboxed frame and a strict browser refuse to keep anything.
+function recall(name) {
+  try { return Number(localStorage.getItem(name)) || null; } catch { return null; }
+}
+
+function keep(name, value) {
+  try { localStorage.setItem(name, value); } catch { /* then it is not kept */ }
+}
+
+const GONE = "The kernel that made this view was restarted or has ended. What is shown can still be read; to choose anew, run the cell again.";
 
 // Creates a strip in `el` from `model`; returns a function that takes it down.
 function createStrip(el, model) {
   const id = `cb${++strips}`;
   let tokens, masks, heats, blocks, hits = [], hit = new Set(), shown = -1, timer = 0, mapped = 0, base = null;
   let waiting = false;      // to scroll to the chosen token, until the strip is in the page
+  let moved = false;      // whether the reader has scrolled or chosen, and the strip may no longer scroll by itself
+  const memory = el.closest(".cb-kl") ? "cbnb-kl-height" : "cbnb-strip-height";
+  let tall = "";      // the height that was set here; another one was dragged
+  let gone = false;      // whether the kernel is
+  let blanks = false;      // whether blanks are written out
   let ahead = 0;      // 1 where the position that predicts a token is marked in its place
 
   const view = node("div", { class: "cb-view", role: "listbox", tabindex: 0 });
@@ -124,51 +144,58 @@ function createStrip(el, model) {
   const select = (name, trait) => node("select", { "aria-label": name, onchange: (e) => { model.set(trait, e.target.value); model.save_changes(); } });
   const mode = select("what is shown", "view"), first = select("mask A", "a"), second = select("mask B", "b"), heat = select("heat", "heat");
   const shift = node("input", { type: "checkbox", onchange: (e) => { model.set("predicting", e.target.checked); model.save_changes(); } });
+  const spell = node("input", { type: "checkbox", onchange: (e) => { blanks = e.target.checked; respell(); } });
   const search = node("input", { type: "search", placeholder: "search ( / )", "aria-label": "search in the text",
     oninput: () => { clearTimeout(timer); timer = setTimeout(runSearch, 120); }, onkeydown: searchKey });
   const count = node("span", { class: "cb-note", role: "status" });
   const button = (text, title, act) => node("button", { type: "button", title, onclick: act }, text);
   const labels = { a: node("label", {}, "A ", first), b: node("label", {}, "B ", second), heat: node("label", {}, "heat ", heat),
+    spell: node("label", { title: "write blanks as ·" }, spell, " visible blanks"),
     shift: node("label", { title: "mark the position that predicts each token, one to the left" }, shift, " predicting position") };
   const boundary = button("▸ edge", "next boundary of the mask (b)", () => next(isEdge, 1));
   const differing = button("▸ difference", "next difference between A and B (d)", () => next(isDifference, 1));
-  const bar = node("div", { class: "cb-bar" }, node("label", {}, "show ", mode), labels.a, labels.b, labels.heat, labels.shift, boundary, differing, search, count);
+  const bar = node("div", { class: "cb-bar" }, node("label", {}, "show ", mode), labels.a, labels.b, labels.heat, labels.shift, labels.spell, boundary, differing, search, count);
   const body = node("div", { class: "cb-body" }, view, map);
   const root = node("div", { class: "cb-strip", "data-lm-suppress-shortcuts": "true" }, message, bar, body, about, key);
   el.append(root);
+  if (recall(memory)) {
+    view.style.height = `min(${recall(memory)}px, 92vh)`;
+    tall = view.style.height;
+  }
 
   const at = (list, name) => list.find((entry) => entry.name === name) || list[0];
   const inside = (mask, i) => mask !== undefined && mask.values[i + ahead] === 1;
   const current = () => ({ view: model.get("view"), a: at(masks, model.get("a")), b: at(masks, model.get("b")), heat: at(heats, model.get("heat")) });
   const isDifference = (i, c) => inside(c.a, i) !== inside(c.b, i);
   const isEdge = (i, c) => i > 0 && inside(c.a, i) !== inside(c.a, i - 1);
-  const text = (i) => tokens.texts[tokens.ids[i]];
+  const text = (i) => tokens.texts[tokens.ids[i]], form = (i) => (blanks ? tokens.texts : tokens.soft)[tokens.ids[i]];
   const role = (i) => tokens.owners[i] >= 0 ? tokens.roles[tokens.owners[i]] : "";
 
-  function look(i, c) {
-    let name = "cb-t", level = "";
-    const edge = EDGES[tokens.names[tokens.segments[i]]];
-    if (edge) name += ` ${edge}`;
-    name += KINDS[tokens.kinds[tokens.ids[i]]];
+  // What a view says of a token, and the sign that says it without colour: [class, sign].
+  function state(i, c) {
     if (c.view === "heat" && c.heat) {
-      level = c.heat.levels[i] ?? -1;
-      name += level < 0 ? " na" : ` heat h${level}`;
-    } else if (c.view === "difference" && c.a && c.b) {
+      const level = c.heat.levels[i] ?? -1;
+      return level < 0 ? [" na", ""] : [` heat h${level}`, String(level)];
+    }
+    if (c.view === "difference" && c.a && c.b) {
       const a = inside(c.a, i), b = inside(c.b, i);
-      name += a && b ? " in" : a ? " plus" : b ? " minus" : " out";
-    } else if (c.view === "mask" && c.a) name += inside(c.a, i) ? " in" : " out";
-    if (hit.has(i)) name += " hit";
-    if (i === shown) name += " sel";
-    return [name, level];
+      return a && b ? [" in", ""] : a ? [" plus", "+"] : b ? [" minus", "\u2212"] : [" out", ""];
+    }
+    return c.view === "mask" && c.a ? [inside(c.a, i) ? " in" : " out", ""] : ["", ""];
   }
 
   function paint(span, i, c) {
-    const [name, level] = look(i, c);
+    const edge = EDGES[tokens.names[tokens.segments[i]]], [of, mark] = state(i, c);
+    let name = `cb-t${edge ? ` ${edge}` : ""}${KINDS[tokens.kinds[tokens.ids[i]]]}${of}`;
+    if (tokens.injection[i]) name += " inj";
+    if (hit.has(i)) name += " hit";
+    if (i === shown) name += " sel";
     if (span.className !== name) span.className = name;
-    const shade = level === "" || level < 0 ? null : level;
-    if (span.cbShade !== shade) {
-      span.cbShade = shade;
-      if (shade === null) span.removeAttribute("data-h"); else span.setAttribute("data-h", shade);
+    // a sign stands above the first token of its run, and anew in each message
+    const sign = mark && (i === 0 || tokens.owners[i - 1] !== tokens.owners[i] || state(i - 1, c)[1] !== mark) ? mark : "";
+    if (span.cbSign !== sign) {
+      span.cbSign = sign;
+      if (sign) span.setAttribute("data-sign", sign); else span.removeAttribute("data-sign");
     }
     if (i === shown) span.setAttribute("aria-selected", "true"); else if (span.cbChosen) span.removeAttribute("aria-selected");
     span.cbChosen = i === shown;
@@ -179,18 +206,46 @@ function createStrip(el, model) {
     const line = document.createDocumentFragment(), c = current();
     block.spans = [];
     for (let i = block.start; i < block.end; i++) {
-      const span = document.createElement("span"), shownText = text(i);
+      const span = document.createElement("span"), k = tokens.ids[i];
       span.id = `${id}-${i}`;
       span.setAttribute("role", "option");
-      span.textContent = shownText;
+      span.textContent = form(i);
+      if (!tokens.plain[k].trim()) span.setAttribute("aria-label", tokens.texts[k].trim());      // a blank says nothing by itself
       paint(span, i, c);
-      if (shownText[0] === "·" || tokens.kinds[tokens.ids[i]]) line.append(document.createElement("wbr"));
+      if (tokens.plain[k][0] === " " || tokens.kinds[k]) line.append(document.createElement("wbr"));
+      if (isInjected(i) && !isInjected(i - 1)) line.append(bracket("injected ⟪"));
       line.append(span);
+      if (isInjected(i) && !isInjected(i + 1)) line.append(bracket("⟫"));
       block.spans.push(span);
     }
     block.line.append(line);
     block.line.style.minHeight = "";
     block.filled = true;
+  }
+
+  const isInjected = (i) => tokens.injection[i] > 0;
+  const bracket = (words) => node("span", { class: "cb-bracket", "aria-hidden": "true" }, words);
+
+  // Blanks as blanks, or written out.
+  function respell() {
+    for (const block of blocks) if (block.filled) block.spans.forEach((span, k) => { if (tokens.plain[tokens.ids[block.start + k]].includes(" ")) span.textContent = form(block.start + k); });
+  }
+
+  // What is selected, as the text that it stands for: whole tokens, but of the first and last one what is selected of them.
+  function selectedText(selection) {
+    const range = selection.getRangeAt(0), parts = blocks.filter((block) => range.intersectsNode(block.line));
+    if (!parts.length) return "";
+    const of = (block) => block.filled ? block.spans.flatMap((span, k) => range.intersectsNode(span) ? [block.start + k] : []) : [block.start, block.end - 1];
+    const from = of(parts[0])[0] ?? parts[0].start, to = of(parts[parts.length - 1]).pop() ?? from, words = [];
+    const cut = (i, node, offset, otherwise) => {
+      const span = document.getElementById(`${id}-${i}`), plain = tokens.plain[tokens.ids[i]];
+      return node.nodeType === Node.TEXT_NODE && span?.contains(node) && form(i).length === plain.length ? offset : otherwise(plain.length);
+    };
+    for (let i = from; i <= to; i++) words.push(tokens.plain[tokens.ids[i]]);
+    const begin = cut(from, range.startContainer, range.startOffset, () => 0), end = cut(to, range.endContainer, range.endOffset, (n) => n);
+    words[words.length - 1] = words[words.length - 1].slice(0, end);
+    words[0] = words[0].slice(begin);
+    return words.join("");
   }
 
   function drain(block, height) {
@@ -241,7 +296,7 @@ function createStrip(el, model) {
         width += tokens.sizes[k];
         if (tokens.breaks[k] || width > perLine) { lines++; width = 0; }
       }
-      block.height = lines * 23;
+      block.height = lines * 27;
       if (!block.filled) block.line.style.minHeight = `${block.height}px`;
     }
   }
@@ -270,6 +325,31 @@ function createStrip(el, model) {
     const c = current();
     for (const block of blocks) if (block.filled) block.spans.forEach((span, k) => paint(span, block.start + k, c));
     around(c);
+    seek();
+  }
+
+  // The token to open at: the first one in mask A, the first difference, the largest value; -1 where there is none.
+  function opening(c) {
+    if (c.view === "heat") {
+      let best = -1, largest = -Infinity;
+      c.heat?.values.forEach((v, i) => { if (v > largest) { largest = v; best = i; } });
+      return best;
+    }
+    const test = c.view === "mask" ? (i) => inside(c.a, i) : c.view === "difference" ? (i) => isDifference(i, c) : () => false;
+    for (let i = 0; i < tokens.n; i++) if (test(i)) return i;
+    return -1;
+  }
+
+  // Scrolls to where something is to be seen, until the reader has scrolled or chosen.
+  function seek() {
+    if (moved || shown >= 0 || !view.clientHeight) return;
+    const i = opening(current());
+    if (i < 0) return;
+    let above = 0;      // what will stand above it is filled now, so that it stays where it is
+    for (let k = blocks.indexOf(blockOf(i)); k >= 0 && above < view.clientHeight; k--) { fill(blocks[k]); above += blocks[k].div.offsetHeight; }
+    const block = blockOf(i);
+    intoView(block.spans[i - block.start]);
+    frame();
   }
 
   // All that stands around the tokens.
@@ -279,7 +359,7 @@ function createStrip(el, model) {
     labels.shift.hidden = !masked; boundary.hidden = !masks.length; differing.hidden = masks.length < 2;
     mode.value = c.view; first.value = c.a?.name ?? ""; second.value = c.b?.name ?? ""; heat.value = c.heat?.name ?? "";
     shift.checked = Boolean(model.get("predicting"));
-    const text = model.get("message");
+    const text = gone ? GONE : model.get("message");
     message.textContent = text; message.hidden = !text;
     for (const part of [bar, body, about, key]) part.hidden = Boolean(text) && !tokens.n;
     legend(c);
@@ -289,12 +369,12 @@ function createStrip(el, model) {
   }
 
   function legend(c) {
-    const sample = (name, label, mark = "") => node("span", {}, node("span", { class: `cb-t ${name}`, "data-h": mark || null }, "ab"), ` ${label}`);
+    const sample = (name, label, mark = "") => node("span", {}, node("span", { class: `cb-t ${name}`, "data-sign": mark || null }, "ab"), ` ${label}`);
     const n = (test) => { let k = 0; for (let i = 0; i < tokens.n; i++) if (test(i)) k++; return k.toLocaleString("en"); };
     const parts = [];
     if (c.view === "mask" && c.a) parts.push(sample("in", `in A: ${n((i) => inside(c.a, i))}`), sample("out", `out: ${n((i) => !inside(c.a, i))}`));
     if (c.view === "difference" && c.a && c.b) {
-      parts.push(sample("plus", `only in A: ${n((i) => inside(c.a, i) && !inside(c.b, i))}`), sample("minus", `only in B: ${n((i) => inside(c.b, i) && !inside(c.a, i))}`),
+      parts.push(sample("plus", `only in A: ${n((i) => inside(c.a, i) && !inside(c.b, i))}`, "+"), sample("minus", `only in B: ${n((i) => inside(c.b, i) && !inside(c.a, i))}`, "\u2212"),
         sample("in", `in both: ${n((i) => inside(c.a, i) && inside(c.b, i))}`), sample("out", "in neither"));
     }
     for (const m of c.view === "mask" ? [c.a] : c.view === "difference" ? [c.a, c.b] : []) if (m?.note) parts.push(node("span", {}, `${m.name}: ${m.note}`));
@@ -304,6 +384,9 @@ function createStrip(el, model) {
           sample("heat h9", figure(c.heat.high), "9"), sample("na", "no value"));
       } else parts.push(node("span", {}, `${c.heat.name}, ${c.heat.unit}: no value above 0`));
     }
+    const count = n(isInjected);
+    if (count !== "0") parts.push(node("span", {}, bracket("⟪"), node("span", { class: "cb-t inj" }, "ab"), bracket("⟫"), ` injected text: ${count}`));
+    if (tokens.note) parts.push(node("b", {}, tokens.note));
     parts.push(node("span", {}, "← → token · ↑ ↓ line · b edge" + (masks.length > 1 ? " · d difference" : "") + " · / search · n next hit · shift: back"));
     key.replaceChildren(...parts);
   }
@@ -311,7 +394,8 @@ function createStrip(el, model) {
   function sentences(i, c) {
     const lines = [], what = tokens.names[tokens.segments[i]], owner = tokens.owners[i];
     const place = owner >= 0 ? `message ${owner} (${role(i)})` : "outside of messages";
-    lines.push(`token ${i}  ${text(i).trimEnd() || text(i)}  ${tokens.numbers[i] < 0 ? "" : `id ${tokens.numbers[i]}, `}${what}, ${place}; ` +
+    const whose = ["", `, partly injected text of message ${owner}`, `, injected text of message ${owner}`][tokens.injection[i] || 0];
+    lines.push(`token ${i}  ${text(i).trimEnd() || text(i)}  ${tokens.numbers[i] < 0 ? "" : `id ${tokens.numbers[i]}, `}${what}, ${place}${whose}; ` +
       (i ? `predicted at position ${i - 1}` : "predicted by nothing"));
     for (const [letter, m] of c.view === "difference" ? [["A", c.a], ["B", c.b]] : [["A", c.a]]) {
       if (!m) continue;
@@ -364,6 +448,7 @@ function createStrip(el, model) {
 
   function choose(i) {
     if (i < 0 || i >= tokens.n) return;
+    moved = true;
     model.set("selected", i);
     model.save_changes();
     if (shown !== i) show(i);
@@ -430,7 +515,13 @@ function createStrip(el, model) {
   view.addEventListener("click", (event) => { const i = tokenAt(event); if (i >= 0) choose(i); });
   view.addEventListener("mouseover", (event) => { const i = tokenAt(event); hover.textContent = i >= 0 && i !== shown ? sentences(i, current()) : ""; });
   view.addEventListener("mouseleave", () => { hover.textContent = ""; });
+  view.addEventListener("copy", (event) => {
+    const selection = getSelection(), text = selection.rangeCount ? selectedText(selection) : "";
+    if (text) { event.clipboardData.setData("text/plain", text); event.preventDefault(); }
+  });
   view.addEventListener("scroll", () => frame());
+  const touched = (event) => { if (event.key !== "Tab") moved = true; };
+  for (const kind of ["wheel", "touchmove", "pointerdown", "keydown"]) body.addEventListener(kind, touched, { passive: true });
 
   // The minimap: the whole transcript in one column, what is seen of it framed, the chosen token and search hits at the left edge.
   function frame() { if (!mapped) mapped = requestAnimationFrame(drawMap); }
@@ -446,7 +537,7 @@ function createStrip(el, model) {
   }
   // What scrolling does not change is drawn once, into a canvas of its own: it takes a look at every token.
   function drawBase(rows, width) {
-    const made = node("canvas", { width, height: rows }), draw = made.getContext("2d"), c = current();
+    const made = node("canvas", { width, height: rows }), draw = made.getContext("2d"), c = current(), thick = Math.max(1, Math.round(2 * width / 44));
     const rule = { system: "#CC79A7", user: "#56B4E9", assistant: "#009E73", tool: "#E69F00" };
     for (let y = 0; y < rows; y++) {
       const from = Math.floor(y * tokens.n / rows), to = Math.max(from + 1, Math.floor((y + 1) * tokens.n / rows));
@@ -457,13 +548,28 @@ function createStrip(el, model) {
       }
       draw.fillStyle = rule[role(from)] || "#808080";
       draw.fillRect(width * 0.2, y, width * 0.12, 1);
-      let colour = null, wide = 0.6;
-      if (level >= 0) { colour = CIVIDIS[level]; wide = 0.15 + 0.05 * level; }
-      else if (c.view === "difference" && a !== b) { colour = a > b ? "#009E73" : "#D55E00"; wide = a > b ? 0.6 : 0.3; }
-      else if (a) { colour = "#0072B2"; wide = 0.6 * a / (to - from); }
-      if (colour) { draw.fillStyle = colour; draw.fillRect(width * 0.38, y, width * wide, 1); }
+      let colour = null, wide = 0.46;
+      if (level >= 0) { colour = CIVIDIS[level]; wide = 0.1 + 0.04 * level; }
+      else if (c.view === "difference" && a !== b) { colour = a > b ? "#009E73" : "#D55E00"; wide = a > b ? 0.46 : 0.23; }
+      else if (a) { colour = "#0072B2"; wide = 0.46 * a / (to - from); }
+      if (colour) { draw.fillStyle = colour; draw.fillRect(width * 0.36, y, width * wide, 1); }
+    }
+    draw.fillStyle = getComputedStyle(root).getPropertyValue("--cb-injected-map");
+    for (const [from, to] of injections()) {      // a bracket at the right edge
+      const top = Math.floor(from * rows / tokens.n), bottom = Math.max(top + 4 * thick, Math.ceil(to * rows / tokens.n));
+      draw.fillRect(width - 1.5 * thick, top, 1.5 * thick, bottom - top);
+      for (const y of [top, bottom - thick]) draw.fillRect(width * 0.84, y, width * 0.16, thick);
     }
     return made;
+  }
+  // [first token, token after the last] of each stretch of injected text.
+  function injections() {
+    const found = [];
+    for (let i = tokens.injection.indexOf(1) < 0 && tokens.injection.indexOf(2) < 0 ? tokens.n : 0; i < tokens.n; i++) {
+      if (isInjected(i) && !isInjected(i - 1)) found.push([i, i + 1]);
+      else if (isInjected(i)) found[found.length - 1][1] = i + 1;
+    }
+    return found;
   }
   function drawMap() {
     mapped = 0;
@@ -496,22 +602,25 @@ function createStrip(el, model) {
   const resized = new ResizeObserver(([entry]) => {
     const width = entry.contentRect.width;
     if (width && Math.abs(width - viewWidth) > 0.1 * viewWidth) { viewWidth = width; estimate(); }
-    if (waiting && view.clientHeight && shown >= 0) show(shown);
+    if (waiting && view.clientHeight && shown >= 0) show(shown); else seek();
+    const dragged = view.style.height;
+    if (dragged !== tall && view.clientHeight) { tall = dragged; keep(memory, Math.round(parseFloat(dragged))); }
     frame();
   });
   resized.observe(view);
   const colours = () => { read(); choices(); recolour(); };
   const rebuild = () => {
-    hits = []; hit = new Set(); shown = -1; search.value = ""; count.textContent = "";
+    hits = []; hit = new Set(); shown = -1; moved = false; search.value = ""; count.textContent = "";
     read(); build(); choices(); around(current());
-    if (model.get("selected") >= 0) show(model.get("selected"));
+    if (model.get("selected") >= 0) show(model.get("selected")); else seek();
   };
   const chose = () => { const i = model.get("selected"); if (i !== shown) show(i); };
   const told = (act) => () => {
     try { act(); } catch (error) { message.textContent = `This view cannot be shown: ${error.message}`; message.hidden = false; }
   };
   const listeners = { "change:tokens": rebuild, "change:masks": colours, "change:heats": colours, "change:view": recolour, "change:a": recolour, "change:b": recolour,
-    "change:heat": recolour, "change:predicting": recolour, "change:message": recolour, "change:selected": chose };
+    "change:heat": recolour, "change:predicting": recolour, "change:message": recolour, "change:selected": chose,
+    comm_live_update: () => { gone = true; around(current()); } };
   for (const name of Object.keys(listeners)) model.on(name, listeners[name] = told(listeners[name]));
   rebuild();
   return () => {

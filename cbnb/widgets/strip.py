@@ -14,19 +14,30 @@ import numpy as np
 import traitlets
 
 # %% auto #0
-__all__ = ['POLICY_NOTES', 'ROWS', 'CHARACTERS', 'STATE', 'is_text', 'partial_bytes', 'spell_bytes', 'piece_texts',
-           'strip_tokens', 'check_values', 'strip_mask', 'strip_heat', 'run_edges', 'run_text', 'strip_html',
-           'empty_encoded', 'choose_view', 'strip_state', 'static_strip', 'view_bundle', 'TokenStrip', 'StillStrip',
-           'token_strip']
+__all__ = ['PLAIN_SIGNS', 'POLICY_NOTES', 'ROWS', 'CHARACTERS', 'STATE', 'is_text', 'partial_bytes', 'spell_bytes', 'piece_texts',
+           'plain_texts', 'strip_tokens', 'check_values', 'strip_mask', 'strip_heat', 'run_edges', 'run_text',
+           'strip_html', 'empty_encoded', 'choose_view', 'strip_state', 'static_strip', 'view_bundle', 'TokenStrip',
+           'StillStrip', 'token_strip']
 
 # %% ../../nbs/widgets/01_strip.ipynb #80711b61
 from ..basics.numbers import plural
 from ..basics.terminal import visible
 from ..masking.audit import secret_tokens, token_texts
 from ..masking.encoders import bytes_of_token
+from ..masking.owned import mark_injection
 from ..masking.policies import AnyPolicy, Encoding, loss_mask, policy_name, reasons
 from ..masking.turns import Segment
-from .views import StaticView, is_live, mime_bundle, module, page, source, spell_out, table_html
+from cbnb.widgets.views import (
+    VIEW_SIGNS,
+    StaticView,
+    is_live,
+    mime_bundle,
+    module,
+    page,
+    source,
+    spell_out,
+    table_html,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -96,30 +107,46 @@ def piece_texts(encoding: Encoding, tokenizer: PreTrainedTokenizerFast | None = 
             texts[i], waiting = f"{texts[i]}={spell_out(waiting.decode().strip())}", b""
     return ["[removed]" if secret else text for text, secret in zip(texts, secret_tokens(encoding))]
 
+# %% ../../nbs/widgets/01_strip.ipynb #st5pln02
+PLAIN_SIGNS = {sign: sign for sign in VIEW_SIGNS}  # what of a text is left as it is
+
+
+def plain_texts(encoding: Encoding) -> list[str]:
+    """Return the text that each token of `encoding` adds (n texts), made harmless by `visible` but for
+    blanks, tabs and line ends. The `secret_tokens` are `[removed]`."""
+    pieces = token_texts(encoding)
+    forms = {piece: visible(piece, PLAIN_SIGNS) for piece in set(pieces)}
+    return ["[removed]" if secret else forms[p] for p, secret in zip(pieces, secret_tokens(encoding))]
+
 # %% ../../nbs/widgets/01_strip.ipynb #01ef9014
 def strip_tokens(encoding: Encoding, tokenizer: PreTrainedTokenizerFast | None = None) -> dict[str, Any]:
-    """Return the tokens of `encoding` as the strip wants them: each different text once (`texts`) with its
-    kind (`kinds`, uint8: 0 text, 1 added token, 2 part of a character); by token its text's index (`ids`,
-    uint32), token id (int32, -1 of a secret's), message (int32, -1 outside) and segment (uint8), as bytes;
-    with the `roles` of messages and the names of segments."""
+    """Return the tokens of `encoding` as the strip wants them: each different text once (`texts`, as in
+    `plain_texts`) with its kind (`kinds`, uint8: 0 text, 1 added token, 2 part of a character) and, by its
+    index, what a part of a character is shown as (`parts`); by token its text's index (`ids`, uint32), token
+    id (int32, -1 of a secret's), message (int32, -1 outside), segment (uint8) and whether it is injected text
+    (`injection`, uint8, of `mark_injection`), as bytes; with the `roles` of messages, the names of segments
+    and a note on injected text that is not marked."""
     token_ids = np.where(secret_tokens(encoding), -1, encoding.input_ids).astype(np.int32)
     numbers: list[int] = token_ids.tolist()
     kind_of: dict[int, int] = {}
     if tokenizer is not None:
         extra, part = tokenizer.added_tokens_decoder, partial_bytes(tokenizer)
         kind_of = {token: 1 if token in extra else 2 if part(token) else 0 for token in {*numbers} - {-1}}
-    index: dict[tuple[str, int], int] = {}
-    ids = [
-        index.setdefault((text, kind_of.get(token, 0)), len(index))
-        for text, token in zip(piece_texts(encoding, tokenizer), numbers)
-    ]
+    kinds = [kind_of.get(token, 0) for token in numbers]
+    texts, pieces = plain_texts(encoding), piece_texts(encoding, tokenizer)
+    forms = [(text, kind, s if kind == 2 else "") for text, kind, s in zip(texts, kinds, pieces, strict=True)]
+    index = {form: k for k, form in enumerate(dict.fromkeys(forms))}
+    marks, note = mark_injection(encoding)
     return {
-        "texts": [text for text, _ in index],
-        "kinds": np.array([kind for _, kind in index], np.uint8).tobytes(),
-        "ids": np.array(ids, np.uint32).tobytes(),
+        "texts": [text for text, _, _ in index],
+        "kinds": np.array([kind for _, kind, _ in index], np.uint8).tobytes(),
+        "parts": {str(k): part for (_, _, part), k in index.items() if part},
+        "ids": np.array([index[form] for form in forms], np.uint32).tobytes(),
         "token_ids": token_ids.tobytes(),
         "messages": encoding.message_index.astype(np.int32).tobytes(),
         "segments": encoding.segments.astype(np.uint8).tobytes(),
+        "injection": marks.tobytes(),
+        "injection_note": note,
         "roles": [visible(role) for role in encoding.roles],
         "segment_names": [segment.name.lower().replace("_", " ") for segment in Segment],
     }
@@ -178,16 +205,16 @@ def strip_heat(encoding: Encoding, values: Any, name: str, unit: str = "") -> di
 ROWS, CHARACTERS = 100, 400  # of the script-free form: a notebook keeps it beside every view
 
 # %% ../../nbs/widgets/01_strip.ipynb #f6fb93df
-def run_edges(owners: np.ndarray, inside: np.ndarray) -> list[int]:
-    """Return the edges of runs of tokens that share their message (`owners` int [n], n ≥ 1) and whether the
-    mask has them (`inside` uint8 [n]): the first token of each run, then n."""
-    changes = (np.diff(owners) != 0) | (np.diff(inside.astype(int)) != 0)
-    return [0, *(np.flatnonzero(changes) + 1).tolist(), len(owners)]
+def run_edges(*values: np.ndarray) -> list[int]:
+    """Return the edges of runs of tokens that have all of `values` (each an array [n], n ≥ 1) in common: the
+    first token of each run, then n."""
+    changes = np.any([row[1:] != row[:-1] for row in values], axis=0)
+    return [0, *(np.flatnonzero(changes) + 1).tolist(), len(values[0])]
 
 # %% ../../nbs/widgets/01_strip.ipynb #6a4ae7a7
 def run_text(texts: list[str]) -> str:
     "Return the texts of a run's tokens as one line, of at most `CHARACTERS` characters; more are counted."
-    text = "".join(texts).replace("\n", " ")
+    text = "".join(texts).replace("\n", "↵ ")
     if len(text) <= CHARACTERS:
         return text
     return f"{text[:CHARACTERS]} … {len(text) - CHARACTERS:,} more characters"
@@ -195,25 +222,29 @@ def run_text(texts: list[str]) -> str:
 # %% ../../nbs/widgets/01_strip.ipynb #9898f5ed
 def strip_html(state: dict[str, Any]) -> str:
     """Return `state` of a strip as an HTML table without scripts or styles: one row for each run of
-    neighbouring tokens of one message that are all in mask A or all out of it. Long ones are shortened and
-    counted."""
+    neighbouring tokens of one message that are all in mask A or all out of it, and all of injected text or
+    none. Long ones are shortened and counted."""
     tokens, masks = state["tokens"], state["masks"]
     ids, owners = np.frombuffer(tokens["ids"], np.uint32), np.frombuffer(tokens["messages"], np.int32)
     if not len(ids):
         return table_html(("view",), [(state["message"] or "no tokens",)])
     mask = next((m for m in masks if m["name"] == state["a"]), None)
     inside = np.zeros(len(ids), np.uint8) if mask is None else np.frombuffer(mask["values"], np.uint8)
-    edges = run_edges(owners, inside)
+    injection = np.frombuffer(tokens["injection"], np.uint8) > 0
+    edges = run_edges(owners, inside, injection)
     rows: list[tuple] = []
     for start, end in zip(edges[:ROWS], edges[1:]):
         text = run_text([tokens["texts"][k] for k in ids[start:end].tolist()])
         owner = int(owners[start])
         who = f"{owner} {tokens['roles'][owner]}" if owner >= 0 else "template"
+        who += ", injected text" if injection[start] else ""
         place = ("in" if inside[start] else "out",) if mask else ()
         rows.append((f"{start}–{end - 1}", who, *place, text))
     if len(edges) - 1 > ROWS:
         rows.append(("…", f"{len(edges) - 1 - ROWS:,} more rows", *(("",) if mask else ()), ""))
     caption = plural(len(ids), "token") + (f", {int(inside.sum()):,} in {mask['name']}" if mask else "")
+    caption += f", {int(injection.sum()):,} of injected text" if injection.any() else ""
+    caption += f". {tokens['injection_note']}" if tokens["injection_note"] else ""
     return table_html(("tokens", "message", *((mask["name"],) if mask else ()), "text"), rows, caption)
 
 # %% ../../nbs/widgets/01_strip.ipynb #2e29f03d
