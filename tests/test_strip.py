@@ -151,7 +151,10 @@ def test_the_predicting_position_is_one_to_the_left(pages, html, encoding):
 
 def in_view(page, i):
     "Whether token `i` is in the page and in the part of the strip that is seen."
-    box, view = tokens(page).nth(i).bounding_box(), page.locator(".cb-view").bounding_box()
+    token, view = page.locator(f".cb-view .cb-t[id$='-{i}']"), page.locator(".cb-view").bounding_box()
+    if not token.count():
+        return False
+    box = token.bounding_box()
     return view["y"] <= box["y"] <= view["y"] + view["height"] - box["height"]
 
 
