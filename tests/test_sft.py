@@ -99,7 +99,7 @@ def test_a_run_leaves_a_model_that_stands_where_a_model_can(whole, capsys, monke
         assert figures["suites"]["travel"]["attack_success"] == figures["counts"]["attack_success"]
     assert "heldout_kl" not in result["before"] and result["after"]["heldout_kl"]["general"] > 0
     kinds = result["after"]["heldout_tokens"]
-    assert kinds["in_domain"]["call_value"]["transcripts"] == 16 and "text" in kinds["off_domain"]
+    assert kinds["in_domain"]["call_value"]["transcripts"] == 8 and "text" in kinds["off_domain"]
     own = result["after"]["intervals"]["heldout_kl general"]
     assert own["interval"] == kinds["off_domain"]["all"]["interval"]
     record = load(model / "agent.json")
