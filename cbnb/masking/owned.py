@@ -68,5 +68,5 @@ def mark_injection(encoding: Encoding) -> tuple[np.ndarray, str]:
     for start, end in places:
         marks[(encoding.offsets[:, 0] < end) & (encoding.offsets[:, 1] > start)] = 1
     marks[owned_tokens(encoding, places)] = 2
-    note = f"Injected text that is NOT marked: {', '.join(gaps)}; the chat template writes it otherwise."
+    note = f"Injected text that is NOT marked: {', '.join(gaps)}; it cannot be located among these tokens."
     return marks, note if gaps else ""

@@ -47,7 +47,6 @@ from ..masking.adapt import ADAPTATIONS, adapt, adapted_line
 from cbnb.masking.audit import (
     FINDING_KINDS,
     MaskFinding,
-    audit_one,
     encode_each,
     mask_findings,
     message_of,
@@ -738,12 +737,16 @@ class Shelf:
                 return number, number
             if time.monotonic() > end:
                 break
-        return None, self.passed
+        return None, max(self.passed, start - 1)
 
     @property
     def size(self) -> str:
         "How many transcripts there are, in words, as far as it is known."
-        return f"of {self.count:,}" if self.count is not None else f"of more than {len(self.listing):,}"
+        return (
+            f"of {self.count:,}"
+            if self.count is not None
+            else f"of more than {max(len(self.listing), self.passed):,}"
+        )
 
 # %% ../../nbs/widgets/02_masks.ipynb #63b063ab
 def read_any_label(read: Callable[[str | None], Shelf]) -> Shelf:
@@ -936,15 +939,13 @@ class MaskExplorer:
         need(self.shelf is not None, "the explorer", "has no transcripts to search; name a file")
         masker = self.load_masker() if finding else None
         name = self.looks["a"].removesuffix(TRUNCATED)
-        policy = (self.settings["policies"] or {}).get(name, name)
+        how = {key: self.settings[key] for key in ("policies", "label", "max_length", "side")}
 
         def test(transcript: Transcript) -> bool:
             if not matches(transcript, **query) or masker is None:
                 return matches(transcript, **query)
-            t = adapt(transcript, masker.adapt)
-            window = self.settings["max_length"], self.settings["side"]
-            findings = audit_one(1, t, encode_each(masker, [t])[0], policy, *window).findings
-            return finding in {f.kind for f in findings}
+            shown = explore(adapt(transcript, masker.adapt), masker, **how)
+            return any(f.kind == finding and mask in (name, "every mask") for mask, f in shown.findings)
 
         assert self.shelf is not None
         return self.shelf.find(start, test)
@@ -1026,7 +1027,8 @@ class ExplorerBox:
 
     def find_row(self) -> Any:
         "Return what finds a transcript among many."
-        labels, kinds = ([("any", ""), *((n, n) for n in names)] for names in (LABELS, FINDING_KINDS))
+        kinds = [kind for kind in FINDING_KINDS if kind != "unreadable"]  # these are no transcripts
+        labels, kinds = ([("any", ""), *((n, n) for n in names)] for names in (LABELS, kinds))
         self.wanted = {
             "label": make_field(ipywidgets.Dropdown, "find label", "12em", options=labels, value=""),
             "kind": make_field(ipywidgets.Text, "kind", "13em", placeholder="or id, or source"),
@@ -1154,9 +1156,12 @@ class ExplorerBox:
             show_text(self.told, f"match: transcript {number:,} {shelf.size}")
         elif shelf.count is not None and end >= shelf.count:
             self.reached = 0
-            show_text(self.told, f"none from {start:,} to the end ({end:,}); press again to begin at 1")
+            show_text(
+                self.told,
+                f"none from {start:,} to the end ({end:,}); press again to begin at 1. {shelf.skipped}",
+            )
         else:
-            show_text(self.told, f"none from {start:,} to {end:,}; press again to read on")
+            show_text(self.told, f"none from {start:,} to {end:,}; press again to read on. {shelf.skipped}")
 
     def read_on(self, button: Any) -> None:
         "Read on to the end of the file, to say how many transcripts there are."
@@ -1165,11 +1170,11 @@ class ExplorerBox:
         show_text(self.told, "counting …")
         try:
             n = shelf.find(shelf.passed + 1, lambda transcript: False, 60.0)[1]
-        except TranscriptError as e:
+        except Exception as e:  # whatever a file raises is said in the view
             return show_text(self.told, error_sentence(e))
         self.size.value, self.count.disabled = shelf.size, shelf.count is not None
         more = "" if self.count.disabled else " so far; press again to read on"
-        show_text(self.told, f"{n:,} transcripts{more}")
+        show_text(self.told, f"{n:,} transcripts{more}. {shelf.skipped}")
 
     def paste(self, button: Any) -> None:
         "Show what was pasted, or say what is wrong with it."
@@ -1195,6 +1200,8 @@ class ExplorerBox:
             self.explorer.looks[change["name"]] = change["new"]
             if change["name"] in ("a", "b", "view"):
                 self.show_tables()
+            if change["name"] == "a":
+                self.forget(change)
 
     def show_tables(self) -> None:
         "Show the tables for the masks that the strip shows."
@@ -1215,6 +1222,8 @@ class ExplorerBox:
                 self.note, "" if shelf is None else " ".join(filter(None, (more, shelf.note, shelf.skipped)))
             )
             show_text(self.answer, "")
+            show_text(self.told, "")
+            self.reached = None
             explorer.looks["selected"] = -1
             state = explored_state(explorer.exploration, explorer.tokenizer, **explorer.looks)
             with self.strip.hold_sync():

@@ -236,7 +236,9 @@ function createStrip(el, model) {
     const range = selection.getRangeAt(0), parts = blocks.filter((block) => range.intersectsNode(block.line));
     if (!parts.length) return "";
     const of = (block) => block.filled ? block.spans.flatMap((span, k) => range.intersectsNode(span) ? [block.start + k] : []) : [block.start, block.end - 1];
-    const from = of(parts[0])[0] ?? parts[0].start, to = of(parts[parts.length - 1]).pop() ?? from, words = [];
+    const held = [parts[0], parts[parts.length - 1]].map(of), words = [];      // an end of the range may lie between two tokens
+    const from = held[0][0] ?? parts[0].end, to = held[1].pop() ?? parts[parts.length - 1].start - 1;
+    if (from > to) return "";
     const cut = (i, node, offset, otherwise) => {
       const span = document.getElementById(`${id}-${i}`), plain = tokens.plain[tokens.ids[i]];
       return node.nodeType === Node.TEXT_NODE && span?.contains(node) && form(i).length === plain.length ? offset : otherwise(plain.length);
@@ -256,8 +258,9 @@ function createStrip(el, model) {
   }
 
   const watcher = new IntersectionObserver((entries) => {
+    const { anchorNode, focusNode } = getSelection() ?? {}, selected = (block) => [anchorNode, focusNode].some((end) => end && block.line.contains(end));
     const gone = entries.map((entry) => entry.isIntersecting ? null : entry.target.cbBlock)
-      .filter((block) => block?.filled && !(shown >= block.start && shown < block.end));      // the focused token stays in the page
+      .filter((block) => block?.filled && !(shown >= block.start && shown < block.end) && !selected(block));      // they stay in the page
     const heights = gone.map((block) => block.line.offsetHeight);      // all read before anything is written: one layout, not one a block
     gone.forEach((block, k) => drain(block, heights[k]));
     for (const entry of entries) if (entry.isIntersecting) fill(entry.target.cbBlock);
@@ -516,7 +519,8 @@ function createStrip(el, model) {
   view.addEventListener("mouseover", (event) => { const i = tokenAt(event); hover.textContent = i >= 0 && i !== shown ? sentences(i, current()) : ""; });
   view.addEventListener("mouseleave", () => { hover.textContent = ""; });
   view.addEventListener("copy", (event) => {
-    const selection = getSelection(), text = selection.rangeCount ? selectedText(selection) : "";
+    const selection = getSelection(), inside = [selection.anchorNode, selection.focusNode].every((end) => view.contains(end));
+    const text = inside && selection.rangeCount ? selectedText(selection) : "";
     if (text) { event.clipboardData.setData("text/plain", text); event.preventDefault(); }
   });
   view.addEventListener("scroll", () => frame());
