@@ -405,7 +405,7 @@ def test_a_transcript_is_found_among_many(tmp_path, monkeypatch):
     box.wanted["text"].value = "NO SUCH WORDS"
     assert not box.told.value
     box.match.click()
-    assert "none from 602 to the end (603)" in box.told.value and box.size.value == "of more than 500"
+    assert "none from 602 to the end (603)" in box.told.value and box.size.value == "of 603"
     box.match.click()
     assert "none from 1 to the end" in box.told.value
     for name, value in (("label", ""), ("text", ""), ("finding", "all_zero")):

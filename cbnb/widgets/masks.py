@@ -974,7 +974,7 @@ class MaskExplorer:
 # %% ../../nbs/widgets/02_masks.ipynb #32d99ac0
 def show_text(widget: ipywidgets.HTML, text: str) -> None:
     "Show `text` in an HTML widget, as text."
-    widget.value = f'<div role="status">{escape(visible(text))}</div>' if text else ""
+    widget.value = f'<div role="status">{escape(visible(text.strip()))}</div>' if text else ""
 
 # %% ../../nbs/widgets/02_masks.ipynb #dcde5093
 def whole(value: Any, least: int) -> int:
@@ -1027,8 +1027,8 @@ class ExplorerBox:
 
     def find_row(self) -> Any:
         "Return what finds a transcript among many."
-        kinds = [kind for kind in FINDING_KINDS if kind != "unreadable"]  # these are no transcripts
-        labels, kinds = ([("any", ""), *((n, n) for n in names)] for names in (LABELS, kinds))
+        seen = [kind for kind in FINDING_KINDS if kind != "unreadable"]  # such records are no transcripts
+        labels, kinds = ([("any", ""), *((n, n) for n in names)] for names in (LABELS, seen))
         self.wanted = {
             "label": make_field(ipywidgets.Dropdown, "find label", "12em", options=labels, value=""),
             "kind": make_field(ipywidgets.Text, "kind", "13em", placeholder="or id, or source"),
@@ -1151,6 +1151,7 @@ class ExplorerBox:
             return show_text(self.told, error_sentence(e))
         shelf, self.reached = self.explorer.shelf, None if number else end
         assert shelf is not None
+        self.size.value, self.count.disabled = shelf.size, shelf.count is not None
         if number is not None:
             self.explorer.set(number=number)
             show_text(self.told, f"match: transcript {number:,} {shelf.size}")
