@@ -920,13 +920,13 @@ class MaskExplorer:
             raise TranscriptError("There is no transcript yet: name a file, or paste a record.")
         if self.shelf is None:
             self.shelf = as_shelf(*(s[name] for name in ("transcripts", "relabel", "tools")))
-        transcript, masker = self.shelf.at(s["number"]), self.load_masker()
+        transcript, masker = self.shelf.at(s["number"]), self.masker_now()
         self.tokenizer = masker.tokenizer
         names = ("policies", "label", "max_length", "side")
         choice = {name: s[name] for name in names}
         return explore(adapt(transcript, masker.adapt), masker, **choice, model=model_name(s["model"]))
 
-    def load_masker(self) -> ChatMasker:
+    def masker_now(self) -> ChatMasker:
         "Return the masker of the settings. Raises what `load_masker` does."
         s = self.settings
         by_role = tuple(s["control"].items()) if isinstance(s["control"], dict) else s["control"]
@@ -937,7 +937,7 @@ class MaskExplorer:
         `query` and of whose mask A the audit has the `finding` ("": any or none). Raises TranscriptError
         without transcripts, and what a model raises."""
         need(self.shelf is not None, "the explorer", "has no transcripts to search; name a file")
-        masker = self.load_masker() if finding else None
+        masker = self.masker_now() if finding else None
         name = self.looks["a"].removesuffix(TRUNCATED)
         how = {key: self.settings[key] for key in ("policies", "label", "max_length", "side")}
 
@@ -1037,7 +1037,7 @@ class ExplorerBox:
         }
         self.match = make_button("next match ▸", "reads on to the next transcript that is so")
         self.count = make_button("count all", "reads on to the end of the file")
-        self.reached: int | None = None
+        self.place: int | None = None
         self.told = ipywidgets.HTML()
         return make_row(*self.wanted.values(), self.match, self.count, self.told)
 
@@ -1137,26 +1137,26 @@ class ExplorerBox:
 
     def forget(self, change: dict[str, Any]) -> None:
         "Begin a search anew, since another thing is looked for."
-        self.reached = None
+        self.place = None
         show_text(self.told, "")
 
     def find(self, button: Any) -> None:
         "Show the next transcript that is as wanted, or say how far it was read."
-        start = (self.explorer.settings["number"] if self.reached is None else self.reached) + 1
+        start = (self.explorer.settings["number"] if self.place is None else self.place) + 1
         show_text(self.told, "reading on …")
         try:
             query = {name: widget.value for name, widget in self.wanted.items()}
             number, end = self.explorer.find(start, **query)
         except Exception as e:  # whatever a file or a model raises is said in the view
             return show_text(self.told, error_sentence(e))
-        shelf, self.reached = self.explorer.shelf, None if number else end
+        shelf, self.place = self.explorer.shelf, None if number else end
         assert shelf is not None
         self.size.value, self.count.disabled = shelf.size, shelf.count is not None
         if number is not None:
             self.explorer.set(number=number)
             show_text(self.told, f"match: transcript {number:,} {shelf.size}")
         elif shelf.count is not None and end >= shelf.count:
-            self.reached = 0
+            self.place = 0
             show_text(
                 self.told,
                 f"none from {start:,} to the end ({end:,}); press again to begin at 1. {shelf.skipped}",
@@ -1224,7 +1224,7 @@ class ExplorerBox:
             )
             show_text(self.answer, "")
             show_text(self.told, "")
-            self.reached = None
+            self.place = None
             explorer.looks["selected"] = -1
             state = explored_state(explorer.exploration, explorer.tokenizer, **explorer.looks)
             with self.strip.hold_sync():
