@@ -308,7 +308,7 @@ def suite_table(results: dict[str, dict[str, Any]]) -> pd.DataFrame:
     where no question names a suite."""
     suites = {name: s for result in results.values() for name, s in (result.get("suites") or {}).items()}
     order = sorted(suites, key=lambda name: (not suites[name]["held_out"], name))
-    said = {True: "held out", False: "trained on", None: "not known whether held out"}
+    words = {True: "held out", False: "trained on", None: "not known whether held out"}
     columns: dict[str, list[str]] = {}
     for key in ("exact_match", "attack_success"):
         for name, result in results.items():
@@ -317,7 +317,7 @@ def suite_table(results: dict[str, dict[str, Any]]) -> pd.DataFrame:
             if any(counts):
                 cells = [interval_words(c[0], c[1], attempts) if c else "—" for c in counts]
                 columns[visible(f"{MEASURES[key][0]}, {name}")] = cells
-    index = [visible(f"{name}, {said[suites[name]['held_out']]}") for name in order]
+    index = [visible(f"{name}, {words[suites[name]['held_out']]}") for name in order]
     return pd.DataFrame(columns, index=pd.Index(index, name="suite"), dtype=object)
 
 # %% ../../nbs/report/00_figures.ipynb #figsuit2

@@ -944,8 +944,8 @@ class MaskExplorer:
         def test(transcript: Transcript) -> bool:
             if not matches(transcript, **query) or masker is None:
                 return matches(transcript, **query)
-            shown = explore(adapt(transcript, masker.adapt), masker, **how)
-            return any(f.kind == finding and mask in (name, "every mask") for mask, f in shown.findings)
+            view = explore(adapt(transcript, masker.adapt), masker, **how)
+            return any(f.kind == finding and mask in (name, "every mask") for mask, f in view.findings)
 
         assert self.shelf is not None
         return self.shelf.find(start, test)
@@ -1027,8 +1027,8 @@ class ExplorerBox:
 
     def find_row(self) -> Any:
         "Return what finds a transcript among many."
-        seen = [kind for kind in FINDING_KINDS if kind != "unreadable"]  # such records are no transcripts
-        labels, kinds = ([("any", ""), *((n, n) for n in names)] for names in (LABELS, seen))
+        options = [kind for kind in FINDING_KINDS if kind != "unreadable"]  # such records are no transcripts
+        labels, kinds = ([("any", ""), *((n, n) for n in names)] for names in (LABELS, options))
         self.wanted = {
             "label": make_field(ipywidgets.Dropdown, "find label", "12em", options=labels, value=""),
             "kind": make_field(ipywidgets.Text, "kind", "13em", placeholder="or id, or source"),
