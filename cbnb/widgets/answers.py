@@ -749,7 +749,7 @@ def request_words(case: Case) -> str:
     said = (str(m.get("content") or "") for m in before if m["role"] == "user")
     return cut(next(said, "") or "–", TABLE_TEXT)
 
-# %% ../../nbs/widgets/06_answers.ipynb #ansexmp3
+# %% ../../nbs/widgets/06_answers.ipynb #ansexgl1
 def goal_words(goals: Mapping[str, Any]) -> str:
     "Return the call or the text that an attack has ordered, else the expected one; a dash for none."
     calls = (goals.get(name) for name in ("injected_call", "expected_call"))

@@ -942,8 +942,10 @@ class MaskExplorer:
         how = {key: self.settings[key] for key in ("policies", "label", "max_length", "side")}
 
         def test(transcript: Transcript) -> bool:
-            if not matches(transcript, **query) or masker is None:
-                return matches(transcript, **query)
+            if not matches(transcript, **query):
+                return False
+            if masker is None:
+                return True
             view = explore(adapt(transcript, masker.adapt), masker, **how)
             return any(f.kind == finding and mask in (name, "every mask") for mask, f in view.findings)
 
