@@ -2,6 +2,7 @@
 functions. Width, imports and types are the part of `make lint` and `make types`."""
 
 import ast
+import json
 import re
 import sys
 from collections import Counter
@@ -57,6 +58,13 @@ def statements(source):
     does not change it."""
     nodes = [node for node in ast.walk(tree_of(source)) if isinstance(node, ast.stmt)]
     return sum(not isinstance(node, (ast.Import, ast.ImportFrom)) and not is_text(node) for node in nodes)
+
+
+def test_the_ids_of_cells_differ():
+    "By them export names its cells, and a merge knows them; nbformat would mend the second of two unasked."
+    for path in sorted(NBS.rglob("*.ipynb")):
+        ids = Counter(cell["id"] for cell in json.loads(path.read_text(encoding="utf-8"))["cells"])
+        assert max(ids.values()) == 1, (path.name, [name for name, n in ids.items() if n > 1])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
