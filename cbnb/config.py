@@ -963,9 +963,9 @@ MEMORY_PARAMETERS = (
         "encoded_cache",
         "",
         "memory",
-        "folder for encoded transcripts, shared by the runs of a sweep",
+        "folder for encoded transcripts and twins, shared by the runs of a sweep",
         unset="empty: encoded in memory, by one core",
-        more="made by all cores where it is not there; clean twins are encoded in each run",
+        more="made by all cores where it is not there",
     ),
     parameter(
         "teacher_cache",
