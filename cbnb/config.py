@@ -1245,6 +1245,14 @@ MASKS_PARAMETERS = (
         "max_length", meaning="show what truncation to that many tokens leaves", unset="None: no truncation"
     ),
     change("truncation", default="targets"),
+    parameter(
+        "twin",
+        "",
+        "view",
+        "a row of a harmful transcript's twin in its place",
+        unset="empty: the transcript itself",
+        one_of=("", "injected", "clean", "rejected"),
+    ),
     FIRST_SHOWN,
 )
 
