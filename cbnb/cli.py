@@ -23,10 +23,11 @@ __all__ = ['Item', 'LISTED_FINDINGS', 'ALSO', 'NOT_PLANNED', 'REFUSALS', 'Comman
            'add_masks', 'source_of', 'audit_file', 'run_masks', 'closing_lines', 'add_search', 'add_spans_command',
            'run_spans', 'add_convert', 'run_convert', 'some', 'add_office', 'run_office', 'add_ablate', 'run_ablate',
            'add_status', 'run_status', 'add_declared_flag', 'add_notebook_flags', 'notebook_call', 'add_train',
-           'run_train', 'add_sft', 'run_sft', 'add_preflight', 'run_preflight', 'add_evaluate', 'run_evaluate',
-           'add_inspect_log', 'run_inspect_log', 'add_attack', 'run_attack', 'add_tamper', 'run_tamper', 'add_chat',
-           'add_prompt', 'run_chat', 'add_plan', 'run_plan', 'add_fetch', 'run_fetch', 'add_report', 'answer_pages',
-           'run_report', 'refuse_words', 'parser', 'run_parsed', 'carry_out', 'main']
+           'run_train', 'add_sft', 'run_sft', 'add_merge', 'run_merge', 'add_preflight', 'run_preflight',
+           'add_evaluate', 'run_evaluate', 'add_inspect_log', 'run_inspect_log', 'add_attack', 'run_attack',
+           'add_tamper', 'run_tamper', 'add_chat', 'add_prompt', 'run_chat', 'add_plan', 'run_plan', 'add_fetch',
+           'run_fetch', 'add_report', 'answer_pages', 'run_report', 'refuse_words', 'parser', 'run_parsed', 'carry_out',
+           'main']
 
 # %% ../nbs/cli.ipynb #ecbb0d03
 import cbnb
@@ -786,6 +787,38 @@ def run_sft(args: argparse.Namespace) -> int:
         say(f"report: {path / 'report.html'}")
     return status
 
+# %% ../nbs/cli.ipynb #mrgclfn1
+def add_merge(commands: Commands) -> None:
+    """Add the arguments of `cbnb merge`."""
+    p = commands.add_parser(
+        "merge",
+        help="an adapter and its base into a plain model folder",
+        allow_abbrev=False,
+        description="Merge an adapter into its base in float32, and save the model in the dtype of the "
+        "base's folder, with its tokenizer, chat template and a card. It is held against the adapter before "
+        "it is kept. Prints the path.",
+        epilog="status 2: it cannot be merged, and nothing is left",
+    )
+    p.add_argument("adapter", metavar="ADAPTER", help="a run's directory, an adapter's folder or a hub id")
+    p.add_argument("out", metavar="OUT", help="the new folder")
+    p.add_argument("--model", metavar="NAME", help="the base (default: the one that the adapter names)")
+    p.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the base")
+    p.set_defaults(run=run_merge)
+
+# %% ../nbs/cli.ipynb #mrgclfn2
+def run_merge(args: argparse.Namespace) -> int:
+    """Carry out `cbnb merge`."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from cbnb.sft.merge import merge_adapter
+
+    disable_progress_bar()
+    say("merging: base and adapter are loaded in float32, saved, and compared ...", file=sys.stderr)
+    folder, kl = merge_adapter(args.adapter, args.out, args.model, args.trust_remote_code)
+    say(f"KL to base and adapter: {kl:.1e} nats per token", file=sys.stderr)
+    say(folder)
+    return 0
+
 # %% ../nbs/cli.ipynb #pfl00002
 def add_preflight(commands: Commands) -> None:
     """Add the arguments of `cbnb preflight`: one flag per parameter of nbs/preflight.ipynb, which are those
@@ -1283,6 +1316,7 @@ def parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
         add_office,
         add_plan,
         add_sft,
+        add_merge,
         add_preflight,
         add_train,
         add_evaluate,

@@ -963,9 +963,9 @@ MEMORY_PARAMETERS = (
         "encoded_cache",
         "",
         "memory",
-        "folder for encoded transcripts, shared by the runs of a sweep",
+        "folder for encoded transcripts and twins, shared by the runs of a sweep",
         unset="empty: encoded in memory, by one core",
-        more="made by all cores where it is not there; clean twins are encoded in each run",
+        more="made by all cores where it is not there",
     ),
     parameter(
         "teacher_cache",
@@ -1245,6 +1245,14 @@ MASKS_PARAMETERS = (
         "max_length", meaning="show what truncation to that many tokens leaves", unset="None: no truncation"
     ),
     change("truncation", default="targets"),
+    parameter(
+        "twin",
+        "",
+        "view",
+        "a row of a harmful transcript's twin in its place",
+        unset="empty: the transcript itself",
+        one_of=("", "injected", "clean", "rejected"),
+    ),
     FIRST_SHOWN,
 )
 

@@ -742,6 +742,7 @@ NEEDED = {
     "office": ["new", "--transcripts", "20", "--held-out", "1"],
     "plan": ["--preset", "tinyagent"],
     "sft": [],
+    "merge": ["none", "new", "--model", "tinyagent"],
     "preflight": [],
     "train": [],
     "evaluate": ["none", "--eval-data", "good.jsonl", "--model", "tinyagent"],

@@ -31,7 +31,7 @@ WRITERS = {
     "basics.lease": {"make_new"},
     "step.models": {"write_adapter"},
     "train.teacher_cache": {"ShardWriter"},
-    "train.store": {"write_samples"},
+    "train.store": {"write_samples", "write_twins"},
     "basics.terminal": {"nowhere"},
     "evaluate.tinyagent": {"_save"},
     "widgets.masks": {"read_pasted"},

@@ -110,8 +110,8 @@ def test_with_a_teacher_cache_no_teacher_is_run_and_the_run_is_the_same(tmp_path
     _, rows, _ = trained(tmp_path / "teacher", world)
     (tmp_path / "cache").mkdir()
     student = away(CONFIG)
-    to_end = [*benign, *(row for pair in pairs for row in pair.for_teacher.values())]
-    cache = open_cache(tmp_path / "states", student, harmful, to_end, CONFIG, masker.tokenizer.pad_token_id)
+    pad = masker.tokenizer.pad_token_id
+    cache = open_cache(tmp_path / "states", student, harmful, benign, CONFIG, pad, twins=pairs)
     # the floor, which takes a pass of the base, is that of the run before
     floor = load(tmp_path / "teacher" / "status.json")["floor"]
     write_json(tmp_path / "cache" / "status.json", {"state": "running", "floor": floor})

@@ -195,8 +195,8 @@ def test_with_a_teacher_cache_no_teacher_is_run_and_the_run_is_the_same(tmp_path
     _, rows, _ = trained(tmp_path / "teacher", world)
     (tmp_path / "cache").mkdir()
     student = away(CONFIG)
-    to_end = [*benign, *(twin.clean for twin in twins)]
-    cache = open_cache(tmp_path / "states", student, harmful, to_end, CONFIG, masker.tokenizer.pad_token_id)
+    pad = masker.tokenizer.pad_token_id
+    cache = open_cache(tmp_path / "states", student, harmful, benign, CONFIG, pad, twins=twins)
     # the floor, which takes a pass of the base, is that of the run before
     floor = load(tmp_path / "teacher" / "status.json")["floor"]
     write_json(tmp_path / "cache" / "status.json", {"state": "running", "floor": floor})

@@ -575,14 +575,14 @@ def collate(
     `cache` (`cbnb.train.teacher_cache`) rows hold what it knows of the teacher under `"teacher"`, those that
     only the student reads excepted."""
 
-    def rows_of(samples: list[Sample]) -> dict[str, Any]:
+    def rows_of(samples: list[Sample], hidden: bool = True) -> dict[str, Any]:
         rows = pad_rows(samples, pad_id)
-        return rows if cache is None else rows | {"teacher": cache.states(samples)}
+        return rows if cache is None else rows | {"teacher": cache.states(samples, hidden)}
 
     def twin_rows(twins: list[Twin]) -> dict[str, Any]:
         sides = {name: [t.rows[name] for t in twins] for name in twins[0].rows}
         return {
-            name: (rows_of(side) if name in twins[0].for_teacher else pad_rows(side, pad_id))
+            name: (rows_of(side, False) if name in twins[0].for_teacher else pad_rows(side, pad_id))
             | ({"soft_place": torch.tensor([s.soft_place for s in side])} if name != "clean" else {})
             for name, side in sides.items()
         }

@@ -16,12 +16,13 @@ from torch import nn
 from ..basics.processes import from_first
 from ..config import CircuitBreakerConfig
 from ..data.streams import StreamReport, Twin
-from ..data.twins import Draft, encode_twins, with_action
+from ..data.twins import Draft, with_action
 from .answers import answer_questions
 from .decoding import Decoding
 from .reader import Answer, AnswerReader, unreadable
 from ..masking.masker import ChatMasker
 from ..step.models import teacher_mode
+from ..train.store import twins_for
 
 # %% auto #0
 __all__ = ['no_action', 'message_of', 'written_drafts', 'make_twins']
@@ -99,11 +100,12 @@ def make_twins(
     config: CircuitBreakerConfig,
     decoding: Decoding,
     folder: str | Path | None = None,
-) -> list[Twin]:
+    encoded: str | Path = "",
+) -> Sequence[Twin]:
     """Return the twins of `drafts` (`cbnb.data.twins.draft_twins`, whose `report` goes on counting): their
     actions are written where need be (`written_drafts`) by the `teacher`, None for the `student` with its
-    adapter off, then both sides are encoded (`cbnb.data.twins.encode_twins`). Raises EmptyStream where
-    nothing is left."""
+    adapter off, then the sides are encoded, or found in the folder `encoded`
+    (`cbnb.train.store.twins_for`). Raises EmptyStream where nothing is left."""
     with teacher_mode(student) if teacher is None else nullcontext(teacher) as model:
         complete = written_drafts(model, masker, reader, drafts, report, decoding, folder)
-    return encode_twins(complete, masker, config, report)
+    return twins_for(config, complete, masker, report, encoded)

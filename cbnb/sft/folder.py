@@ -26,8 +26,8 @@ from ..data.streams import Sample, pad_rows
 from ..masking.masker import ChatMasker
 
 # %% auto #0
-__all__ = ['LARGEST_KL', 'UNSAFE', 'merged_model', 'save_agent', 'merge_kl', 'write_merged', 'token_settings', 'agent_record',
-           'agent_card', 'keep_agent']
+__all__ = ['LARGEST_KL', 'UNSAFE', 'in_own_dtype', 'merged_model', 'save_agent', 'merge_kl', 'write_merged', 'token_settings',
+           'agent_record', 'agent_card', 'keep_agent']
 
 # %% ../../nbs/sft/04_folder.ipynb #sft04sp1
 from ..report.figures import all_notes, data_notes, readable_table, result_table, results_of, suite_table
@@ -41,6 +41,17 @@ from ..step.models import add_adapter, load_model
 from ..train.card import divergence_section, last_parts, markdown_table
 from ..train.store import keep_folder
 
+# %% ../../nbs/sft/04_folder.ipynb #sft04fn9
+def in_own_dtype(model: PreTrainedModel, base: str, trust_remote_code: bool, else_do: str) -> PreTrainedModel:
+    """Return the merged `model` in the dtype that the folder of its `base` has (float32 where that says
+    none). Raises RunError, which ends with what to do, `else_do`, for a weight that is not finite."""
+    dtype = read_config(base, trust_remote_code).dtype or torch.float32
+    model = model.to(dtype).eval()  # type: ignore[arg-type]  # transformers' decorator hides self
+    for name, p in model.named_parameters():
+        if not p.isfinite().all():
+            raise RunError(f"the merged weight {name} is not finite: {else_do}")
+    return model
+
 # %% ../../nbs/sft/04_folder.ipynb #sft04fn1
 def merged_model(
     student: PeftModel, config: CircuitBreakerConfig, trust_remote_code: bool
@@ -53,31 +64,23 @@ def merged_model(
     result: Any = set_peft_model_state_dict(fresh, weights)
     assert not result.unexpected_keys  # the same configuration made both
     model: PreTrainedModel = fresh.merge_and_unload()  # type: ignore[assignment,operator]
-    dtype = read_config(config.model, trust_remote_code).dtype or torch.float32
-    model = model.to(dtype).eval()  # type: ignore[arg-type]  # transformers' decorator hides self
-    for name, p in model.named_parameters():
-        if not p.isfinite().all():
-            raise RunError(f"the merged weight {name} is not finite: give a lower learning_rate")
-    return model
+    return in_own_dtype(model, config.model, trust_remote_code, "give a lower learning_rate")
 
 # %% ../../nbs/sft/04_folder.ipynb #sft04fn2
 def save_agent(
-    model: PreTrainedModel,
-    masker: ChatMasker,
-    config: CircuitBreakerConfig,
-    trust_remote_code: bool,
-    folder: Path,
+    model: PreTrainedModel, masker: ChatMasker, base: str, trust_remote_code: bool, folder: Path
 ) -> None:
-    """Save model, settings of generation, tokenizer and chat templates to the `folder`, which is there."""
+    """Save a `model` that was made of the model `base`, its settings of generation, and the tokenizer and
+    chat templates of the `base`, to the `folder`, which is there."""
     model.save_pretrained(folder)
-    tokenizer = read_tokenizer(config.model, trust_remote_code)
+    tokenizer = read_tokenizer(base, trust_remote_code)
     tokenizer.save_pretrained(folder)
     own, template = folder / "chat_template.jinja", template_of(masker)
     if not own.exists() or read_text(own) != template:
         if own.exists():
             own.rename(folder / "chat_template_original.jinja")
         own.write_text(template, encoding="utf-8")
-    for path in local_folder(config.model).glob("chat_template_*.jinja"):
+    for path in local_folder(base).glob("chat_template_*.jinja"):
         if not (folder / path.name).exists():
             shutil.copyfile(path, folder / path.name)
 
@@ -115,7 +118,8 @@ def write_merged(
     loaded from there, in the dtype of the run, and its `merge_kl` on at most eight of the `samples`."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700)
-    save_agent(merged_model(student, config, trust_remote_code), masker, config, trust_remote_code, folder)
+    merged = merged_model(student, config, trust_remote_code)
+    save_agent(merged, masker, config.model, trust_remote_code, folder)
     model = load_model(str(folder), config.dtype, student.device, trust_remote_code)
     own: Any = read_config(str(folder), trust_remote_code).dtype or torch.float32
     dtype = max(own, getattr(torch, config.dtype), key=LARGEST_KL.__getitem__)

@@ -15,9 +15,11 @@ from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,9 @@ import pyarrow as pa
 # %% auto #0
 __all__ = ['STORE_PIECE', 'PolicyLike', 'SCHEMA', 'MAX_REFUSED_BYTES', 'encode_piece', 'add_reports', 'in_pieces', 'pieces',
            'listed_array', 'record_batch', 'StoredSamples', 'write_samples', 'code_hash', 'stream_key', 'cores',
-           'keep_folder', 'stored_stream', 'encode_for', 'refused_piece', 'stored_refusals', 'kept_for']
+           'keep_folder', 'write_report', 'read_report', 'stored_stream', 'encode_for', 'refused_piece',
+           'stored_refusals', 'kept_for', 'StoredTwins', 'twin_piece', 'write_twins', 'draft_values', 'stored_twins',
+           'twins_for']
 
 # %% ../../nbs/train/03_store.ipynb #2ee0ad76
 from ..basics.files import name_errors, write_bytes
@@ -41,15 +45,18 @@ from cbnb.data.streams import (
     EmptyStream,
     Sample,
     StreamReport,
+    Twin,
     drop_refused,
     empty_stream,
     encode_stream,
     refusals,
     until_most_fail,
 )
+from ..data.twins import Draft, encode_twins, no_twins
 from ..masking.masker import ChatMasker
 from ..masking.templates import MaskError
 from ..run.sealed import damage, seal, sync
+from ..step.objectives import find_objective
 from .same import code_file, file_hash, versions
 from ..transcripts.record import Transcript
 
@@ -89,15 +96,16 @@ def add_reports(reports: Iterable[StreamReport]) -> StreamReport:
 _WORK = None  # in a process of the pool: what encodes a piece, which a fork inherits
 
 
-def _piece(transcripts):
-    return _WORK(transcripts)
+def _piece(items):
+    return _WORK(items)
 
 # %% ../../nbs/train/03_store.ipynb #64a954ff
-def in_pieces(work: Callable, transcripts: Iterable[Transcript], processes: int) -> Iterator:
-    """Yield `work` of `STORE_PIECE` transcripts after the other, in order, done by so many `processes`, with
-    at most two pieces for each under way. For one process, and where none can be forked, all is done here."""
+def in_pieces(work: Callable, items: Iterable, processes: int) -> Iterator:
+    """Yield `work` of `STORE_PIECE` items (transcripts, or drafts of twins) after the other, in order, done
+    by so many `processes`, with at most two pieces for each under way. For one process, and where none can be
+    forked, all is done here."""
     global _WORK
-    rest = iter(transcripts)
+    rest = iter(items)
     parts = iter(lambda: list(islice(rest, STORE_PIECE)), [])
     if processes <= 1 or "fork" not in multiprocessing.get_all_start_methods():
         yield from map(work, parts)
@@ -132,7 +140,12 @@ def pieces(
 
 # %% ../../nbs/train/03_store.ipynb #663683c8
 SCHEMA = pa.schema(
-    {"input_ids": pa.list_(pa.int32()), "loss_mask": pa.list_(pa.uint8()), "transcript": pa.string()}
+    {
+        "input_ids": pa.list_(pa.int32()),
+        "loss_mask": pa.list_(pa.uint8()),
+        "transcript": pa.string(),
+        "soft_place": pa.int32(),
+    }
 )
 
 
@@ -148,6 +161,7 @@ def record_batch(samples: list[Sample]) -> pa.RecordBatch:
         listed_array([s.input_ids for s in samples], np.int32),
         listed_array([s.loss_mask for s in samples], np.uint8),
         pa.array([s.transcript for s in samples], pa.string()),
+        pa.array([s.soft_place for s in samples], pa.int32()),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=SCHEMA)
 
@@ -176,7 +190,8 @@ class StoredSamples(Sequence):
         which = bisect_right(self.ends, i)
         batch, row = self.reader.get_batch(which), i - (int(self.ends[which - 1]) if which else 0)
         ids, mask = (batch.column(k)[row].values.to_numpy() for k in (0, 1))
-        return Sample(ids, mask.astype(bool), batch.column(2)[row].as_py())
+        transcript, soft_place = (batch.column(k)[row].as_py() for k in (2, 3))
+        return Sample(ids, mask.astype(bool), transcript, soft_place)
 
     def __reduce__(self):
         return StoredSamples, (self.path,)  # a loader's process maps the file itself
@@ -203,7 +218,7 @@ def code_hash() -> str:
     return digest.hexdigest()
 
 # %% ../../nbs/train/03_store.ipynb #11caaebd
-def stream_key(transcripts: Iterable[Transcript], masker: ChatMasker, policy: str, how: dict) -> str:
+def stream_key(transcripts: Iterable[Any], masker: ChatMasker, policy: str, how: dict) -> str:
     """Return 32 hex digits over the transcripts in their order, tokenizer, template, what the masker was
     told, `policy` (a name; of one's own also its file) and the other settings, `code_hash`, and the
     `versions` of the libraries that encode."""
@@ -263,6 +278,17 @@ def keep_folder(place: str | Path, name: str, make: Callable) -> Path:
             shutil.rmtree(draft, ignore_errors=True)
     return folder
 
+# %% ../../nbs/train/03_store.ipynb #sttwn012
+def write_report(folder: Path, report: StreamReport) -> None:
+    "Write `report` to report.json in `folder`."
+    write_bytes(folder / "report.json", json.dumps(vars(report)).encode())
+
+# %% ../../nbs/train/03_store.ipynb #sttwn013
+def read_report(folder: Path) -> StreamReport:
+    "Return the report in `folder`, as `write_report` has written it."
+    values = json.loads(read_text(folder / "report.json"))
+    return StreamReport(**values | {"counts": Counter(values["counts"])})
+
 # %% ../../nbs/train/03_store.ipynb #65fe0b47
 def stored_stream(
     place: str | Path,
@@ -290,12 +316,10 @@ def stored_stream(
         report = write_samples(folder / "samples.arrow", encoding)
         if not report.samples:
             raise empty_stream(report, name, policy)
-        write_bytes(folder / "report.json", json.dumps(vars(report)).encode())
+        write_report(folder, report)
 
     folder = keep_folder(place, stream_key(transcripts, masker, policy, how), make)
-    values = json.loads(read_text(folder / "report.json"))
-    report = StreamReport(**values | {"counts": Counter(values["counts"])})
-    return StoredSamples(folder / "samples.arrow"), report
+    return StoredSamples(folder / "samples.arrow"), read_report(folder)
 
 # %% ../../nbs/train/03_store.ipynb #4b1c1dea
 def encode_for(
@@ -367,3 +391,100 @@ def kept_for(
     texts = from_first(lambda: stored_refusals(place, transcripts, masker, config.split_turns))
     errors = (MaskError(texts[i]) if i in texts else None for i in range(len(transcripts)))
     return drop_refused(transcripts, masker, reading, config.split_turns, errors)
+
+# %% ../../nbs/train/03_store.ipynb #sttwn002
+class StoredTwins(Sequence):
+    """Read the twins of a `folder`, a file of samples (`StoredSamples`) for each side, where they are asked
+    for: what `PairedStreams` takes for a list."""
+
+    def __init__(self, folder: str | Path):
+        self.sides = {path.stem: StoredSamples(path) for path in sorted(Path(folder).glob("*.arrow"))}
+
+    def __len__(self):
+        return len(self.sides["injected"])
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
+        return Twin(**{side: samples[i] for side, samples in self.sides.items()})
+
+# %% ../../nbs/train/03_store.ipynb #sttwn004
+def twin_piece(
+    drafts: list[Draft], masker: ChatMasker, config: CircuitBreakerConfig
+) -> tuple[list[Twin], StreamReport]:
+    "Encode a part of the `drafts`, which may give no twin, by `encode_twins`."
+    report = StreamReport()
+    try:
+        return encode_twins(drafts, masker, config, report), report
+    except EmptyStream:
+        return [], report
+
+# %% ../../nbs/train/03_store.ipynb #sttwn005
+def write_twins(
+    folder: Path, batches: Iterable[tuple[list[Twin], StreamReport]], sides: Sequence[str]
+) -> StreamReport:
+    """Write what `twin_piece` gives for pieces of the drafts to `folder`: a file for each of the `sides`, a
+    record batch a piece; returns the report of all."""
+    reports = []
+    with ExitStack() as stack:
+        writers = {}
+        for side in sides:
+            file = stack.enter_context(pa.OSFile(str(folder / f"{side}.arrow"), "wb"))
+            writers[side] = stack.enter_context(pa.ipc.new_file(file, SCHEMA))
+        for twins, report in batches:
+            for side, writer in writers.items() if twins else ():
+                writer.write_batch(record_batch([twin.rows[side] for twin in twins]))
+            reports.append(report)
+    return add_reports(reports)
+
+# %% ../../nbs/train/03_store.ipynb #sttwn006
+def draft_values(drafts: Iterable[Draft]) -> Iterator[SimpleNamespace]:
+    "Yield what `drafts` say, for `stream_key`: the fields of their sides, and where the action is from."
+    for draft in drafts:
+        sides = {name: vars(getattr(draft, name)) for name in ("injected", "clean", "rejected")}
+        yield SimpleNamespace(**sides, origin=draft.origin)
+
+# %% ../../nbs/train/03_store.ipynb #sttwn007
+def stored_twins(
+    place: str | Path,
+    drafts: Sequence[Draft],
+    masker: ChatMasker,
+    config: CircuitBreakerConfig,
+    processes: int | None = None,
+) -> tuple[StoredTwins, StreamReport]:
+    """Return the twins of `encode_twins` in a folder of `place`, and the report on them alone: one there
+    already under their key, or one made by `processes` (None: one for each core that this process may use).
+    There may be none. Raises MaskError as that does."""
+    names = ("objective", "max_length", "truncation", "lost_context")
+    how = {name: getattr(config, name) for name in names}
+    if own := code_file(config.objective):
+        how["objective_file"] = file_hash(own)
+
+    def make(folder):
+        work = partial(twin_piece, masker=masker, config=config)
+        parts = in_pieces(work, drafts, processes or cores())
+        write_report(folder, write_twins(folder, parts, find_objective(config.objective).sides))
+
+    folder = keep_folder(place, stream_key(draft_values(drafts), masker, config.benign_policy, how), make)
+    return StoredTwins(folder), read_report(folder)
+
+# %% ../../nbs/train/03_store.ipynb #sttwn009
+def twins_for(
+    config: CircuitBreakerConfig,
+    drafts: Sequence[Draft],
+    masker: ChatMasker,
+    report: StreamReport,
+    place: str | Path = "",
+) -> Sequence[Twin]:
+    """Encode the twins of `drafts`, all of which have an origin, for a run with the settings `config`, and
+    let `report` go on counting: into memory (`encode_twins`), or with a folder `place` by all cores and kept
+    there (`stored_twins`). Of several processes the first one encodes. Raises what `encode_twins` raises."""
+    if not place:
+        return encode_twins(drafts, masker, config, report)
+    twins, more = from_first(lambda: stored_twins(place, drafts, masker, config))
+    report.counts.update(more.counts)
+    report.warnings += more.warnings
+    report.samples, report.tokens, report.target_tokens = more.samples, more.tokens, more.target_tokens
+    if not twins:
+        raise no_twins(report)
+    return twins

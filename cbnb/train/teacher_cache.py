@@ -13,9 +13,10 @@ import os
 import secrets
 import shutil
 import time
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -25,9 +26,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 # %% auto #0
-__all__ = ['SHARD', 'CHECKED', 'weights_hash', 'fingerprint', 'cache_bytes', 'TeacherCache', 'teacher_states', 'token_bytes',
-           'finished_keys', 'ShardWriter', 'write_shards', 'same_states', 'differs', 'load_sound_cache', 'check_room',
-           'open_cache']
+__all__ = ['SHARD', 'CHECKED', 'weights_hash', 'Asked', 'asked_states', 'fingerprint', 'cache_bytes', 'TeacherCache',
+           'teacher_states', 'token_bytes', 'finished_keys', 'ShardWriter', 'by_states', 'write_shards', 'same_states',
+           'differs', 'load_sound_cache', 'check_room', 'open_cache']
 
 # %% ../../nbs/train/04_teacher_cache.ipynb #58139186
 from ..basics.disk import is_full_disk
@@ -37,7 +38,7 @@ from ..basics.processes import gather_lists
 from ..basics.reading import check_regular
 from ..basics.terminal import say
 from ..config import CircuitBreakerConfig, check_cached
-from ..data.streams import Sample, pad_rows
+from ..data.streams import Sample, Twin, pad_rows
 from ..run.sealed import damage, seal, sync
 from ..step.models import base_model, is_in_parts
 from ..step.passes import teacher_pass
@@ -73,26 +74,47 @@ def weights_hash(model: nn.Module) -> str:
     settings["attention"] = base.config._attn_implementation
     return hashlib.sha256(json.dumps([settings, weights], sort_keys=True, default=str).encode()).hexdigest()
 
+# %% ../../nbs/train/04_teacher_cache.ipynb #tcask001
+class Asked(NamedTuple):
+    """A sample, and which of the teacher's states the terms want at its targets: those after the target
+    layers (`hidden`), the `final` ones, or both."""
+
+    sample: Sample
+    hidden: bool
+    final: bool
+
+
+def asked_states(
+    harmful: Iterable[Sample], benign: Iterable[Sample], twins: Iterable[Twin] = ()
+) -> list[Asked]:
+    """Return what the terms want of the teacher for both streams and for the rows of `twins` that it reads
+    (`cbnb.data.streams.Twin.for_teacher`): each sample once, with all that is wanted of it."""
+    streams = (
+        (benign, True, True),
+        (harmful, True, False),
+        ((row for twin in twins for row in twin.for_teacher.values()), False, True),
+    )
+    asked: dict[str, Asked] = {}
+    for samples, hidden, final in streams:
+        for sample in samples:
+            old = asked.get(key := sample_key(sample), Asked(sample, False, False))
+            asked[key] = Asked(old.sample, hidden or old.hidden, final or old.final)
+    return list(asked.values())
+
 # %% ../../nbs/train/04_teacher_cache.ipynb #ae4a2041
-def fingerprint(
-    model: nn.Module, harmful: list[Sample], benign: list[Sample], config: CircuitBreakerConfig
-) -> str:
-    """Return 32 hex digits over the teacher's weights, the target layers, and the tokens and masks of all
-    samples of both streams, whatever their order."""
-    parts = [
-        weights_hash(model),
-        sorted(config.target_layers),
-        sorted(map(sample_key, harmful)),
-        sorted(map(sample_key, benign)),
-    ]
+def fingerprint(model: nn.Module, asked: Sequence[Asked], config: CircuitBreakerConfig) -> str:
+    """Return 32 hex digits over the teacher's weights, the target layers, and what is `asked` of it
+    (`asked_states`), whatever the order."""
+    asks = [[sample_key(ask.sample), ask.hidden, ask.final] for ask in asked]
+    parts = [weights_hash(model), sorted(config.target_layers), sorted(asks)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 # %% ../../nbs/train/04_teacher_cache.ipynb #5d961876
-def cache_bytes(harmful: list[Sample], benign: list[Sample], states: int, last: int) -> int:
-    """Return the bytes of a cache for these samples, where a token's states after the target layers take
+def cache_bytes(asked: Iterable[Asked], states: int, last: int) -> int:
+    """Return the bytes of a cache of what is `asked`, where a token's states after the target layers take
     `states` bytes, and its final one `last` (see `token_bytes`)."""
-    tokens = sum(int(s.loss_mask.sum()) for s in (*harmful, *benign))
-    return tokens * states + sum(int(s.loss_mask[1:].sum()) for s in benign) * last
+    tokens = sum(int(ask.sample.loss_mask.sum()) for ask in asked if ask.hidden)
+    return tokens * states + sum(int(ask.sample.loss_mask[1:].sum()) for ask in asked if ask.final) * last
 
 # %% ../../nbs/train/04_teacher_cache.ipynb #851cc079
 class TeacherCache:
@@ -111,13 +133,18 @@ class TeacherCache:
                 self.places[key] = number, slice(token, token + tokens), slice(last, last + lasts)
                 token, last = token + tokens, last + lasts
 
-    def states(self, samples: list[Sample]) -> dict:
+    def states(self, samples: list[Sample], hidden: bool = True) -> dict:
         """Return `{"hidden": {layer: [M, d]}, "last": [N, d]}` of padded rows of these samples, in the order
         of `token_index` and `predicting_index` (`cbnb.data.streams.pad_rows`); N is 0 for harmful samples.
-        Raises KeyError for a sample that is not there."""
+        Without `hidden` no layer is read, as for rows of twins. Raises KeyError for a sample of which that is
+        not there."""
         places = [self.places[sample_key(s)] for s in samples]
-        names = [name for name in self.files[places[0][0]].keys() if name != "last"]
-        hidden = {
+        if hidden and any(
+            tokens.stop - tokens.start != s.loss_mask.sum() for s, (_, tokens, _) in zip(samples, places)
+        ):
+            raise KeyError("of a sample only the final states are there")
+        names = [name for name in self.files[places[0][0]].keys() if name != "last"] if hidden else []
+        layers = {
             int(name): torch.cat([self.files[number].get_slice(name)[tokens] for number, tokens, _ in places])
             for name in names
         }
@@ -126,7 +153,7 @@ class TeacherCache:
             (places[0][0], slice(0, 0))
         ]
         return {
-            "hidden": hidden,
+            "hidden": layers,
             "last": torch.cat([self.files[number].get_slice("last")[lasts] for number, lasts in ends]),
         }
 
@@ -141,12 +168,15 @@ def teacher_states(
     config: CircuitBreakerConfig,
     pad_id: int,
     final: bool,
+    hidden: bool = True,
 ) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
-    """Return `(hidden {layer: [M, d]}, last [N, d])` of the teacher for samples as one padded batch; N is 0
-    without `final`."""
+    """Return `(hidden {layer: [M, d]}, last [N, d])` of the teacher for samples as one padded batch; M is 0
+    without `hidden`, N without `final`."""
     rows = {name: tensor.to(student.device) for name, tensor in pad_rows(samples, pad_id).items()}
-    hidden, last = at_targets(*teacher_pass(student, teacher, rows, config, final), rows)
-    return hidden, next(iter(hidden.values()))[:0] if last is None else last
+    layers, last = at_targets(*teacher_pass(student, teacher, rows, config, final), rows)
+    if not hidden:
+        layers = {layer: states[:0] for layer, states in layers.items()}
+    return layers, next(iter(layers.values()))[:0] if last is None else last
 
 # %% ../../nbs/train/04_teacher_cache.ipynb #df424a07
 def token_bytes(
@@ -221,32 +251,41 @@ class ShardWriter:
             raise
         self.parts, self.places, self.size = [], [], 0
 
+# %% ../../nbs/train/04_teacher_cache.ipynb #tcask003
+def by_states(asked: Iterable[Asked]) -> dict[tuple[bool, bool], list[Sample]]:
+    "Return the samples of `asked`, by `(hidden, final)`."
+    groups: dict[tuple[bool, bool], list[Sample]] = {}
+    for sample, *states in asked:
+        groups.setdefault((states[0], states[1]), []).append(sample)
+    return groups
+
 # %% ../../nbs/train/04_teacher_cache.ipynb #af514ea8
 def write_shards(
     folder: Path,
     student: PeftModel,
-    harmful: list[Sample],
-    benign: list[Sample],
+    asked: Iterable[Asked],
     config: CircuitBreakerConfig,
     pad_id: int,
     teacher: nn.Module | None = None,
 ) -> None:
-    """Write the files of a cache to `folder`; those that an earlier, interrupted call has finished are kept.
-    Raises OSError (ENOSPC), which names `folder`, for a full disk."""
+    """Write the files of a cache of what is `asked` to `folder`; those that an earlier, interrupted call has
+    finished are kept. Raises OSError (ENOSPC), which names `folder`, for a full disk."""
     ready, writer = finished_keys(folder), ShardWriter(folder)
-    # benign first: a sample of both streams is kept with its final hidden states
-    for stream, final in ((benign, True), (harmful, False)):
-        left = {key: s for s in stream if (key := sample_key(s)) not in ready}
-        ready |= left.keys()
-        order = sorted(left.items(), key=lambda item: len(item[1].input_ids))
-        for start in range(0, len(order), config.batch_size):
-            keys, samples = zip(*order[start : start + config.batch_size])
-            hidden, last = teacher_states(student, teacher, list(samples), config, pad_id, final)
+    for (hidden, final), group in by_states(asked).items():
+        left = [s for s in group if sample_key(s) not in ready]
+        left.sort(key=lambda s: len(s.input_ids))
+        for start in range(0, len(left), config.batch_size):
+            some = left[start : start + config.batch_size]
+            layers, last = teacher_states(student, teacher, some, config, pad_id, final, hidden)
             places = [
-                (key, int(s.loss_mask.sum()), int(s.loss_mask[1:].sum()) if final else 0)
-                for key, s in zip(keys, samples)
+                (
+                    sample_key(s),
+                    int(s.loss_mask.sum()) if hidden else 0,
+                    int(s.loss_mask[1:].sum()) if final else 0,
+                )
+                for s in some
             ]
-            writer.add({layer: h.cpu() for layer, h in hidden.items()}, last.cpu(), places)
+            writer.add({layer: h.cpu() for layer, h in layers.items()}, last.cpu(), places)
     writer.flush()
 
 # %% ../../nbs/train/04_teacher_cache.ipynb #fa974c54
@@ -264,32 +303,27 @@ def same_states(mine: torch.Tensor, theirs: torch.Tensor | None) -> bool:
 def differs(
     cache: TeacherCache,
     student: PeftModel,
-    harmful: list[Sample],
-    benign: list[Sample],
+    asked: Iterable[Asked],
     config: CircuitBreakerConfig,
     pad_id: int,
     teacher: nn.Module | None = None,
 ) -> str:
-    """Return what is wrong with a cache, by running the teacher on `CHECKED` samples of each stream; empty
-    within a twentieth of the hidden states' norm, the noise of bfloat16. The samples are drawn anew each
-    time, and by no seed of the run: nobody can know which ones a forged cache would have to get right."""
+    """Return what is wrong with a cache, by running the teacher on `CHECKED` samples of each kind
+    (`by_states`); empty within a twentieth of the hidden states' norm, the noise of bfloat16. The samples are
+    drawn anew each time, and by no seed of the run: nobody can know which ones a forged cache would have to
+    get right."""
 
-    def draw_samples(stream):
-        return secrets.SystemRandom().sample(range(len(stream)), min(CHECKED, len(stream)))
-
-    for sample, final in [
-        *((harmful[i], False) for i in draw_samples(harmful)),
-        *((benign[i], True) for i in draw_samples(benign)),
-    ]:
-        hidden, last = teacher_states(student, teacher, [sample], config, pad_id, final)
-        try:
-            states = cache.states([sample])
-        except KeyError:
-            return f"it does not hold the sample of transcript {sample.transcript}"
-        pairs = [(hidden[layer], states["hidden"].get(layer)) for layer in hidden]
-        pairs += [(last, states["last"])] if final else []
-        if not all(same_states(mine, theirs) for mine, theirs in pairs):
-            return f"it is not what the teacher gives for transcript {sample.transcript}"
+    for (want_hidden, final), group in by_states(asked).items():
+        for sample in secrets.SystemRandom().sample(group, min(CHECKED, len(group))):
+            hidden, last = teacher_states(student, teacher, [sample], config, pad_id, final)
+            try:
+                states = cache.states([sample], want_hidden)
+            except KeyError:
+                return f"it does not hold the sample of transcript {sample.transcript}"
+            pairs = [(hidden[layer], states["hidden"].get(layer)) for layer in hidden if want_hidden]
+            pairs += [(last, states["last"])] if final else []
+            if not all(same_states(mine, theirs) for mine, theirs in pairs):
+                return f"it is not what the teacher gives for transcript {sample.transcript}"
     return ""
 
 # %% ../../nbs/train/04_teacher_cache.ipynb #b0dcc904
@@ -326,25 +360,27 @@ def open_cache(
     config: CircuitBreakerConfig,
     pad_id: int,
     teacher: nn.Module | None = None,
+    twins: Sequence[Twin] = (),
 ) -> TeacherCache:
-    """Return the cache of the teacher (`teacher`, or the student's base) for these samples, from the folder
-    `place`, made there if it is not: with its size and time printed, and by one process while others wait. It
-    is looked for under its `fingerprint`, held against its manifest (sizes, sha256) and against a fresh pass
-    of some samples (`differs`), and made anew, saying why, where it does not fit. Raises OSError (ENOSPC)
-    where it would have no place, NotOwn for a cache that others can write to, ValueError for weights in parts
-    and for `retain_layers` all."""
+    """Return the cache of the teacher (`teacher`, or the student's base) for these samples and `twins`, from
+    the folder `place`, made there if it is not: with its size and time printed, and by one process while
+    others wait. It is looked for under its `fingerprint`, held against its manifest (sizes, sha256) and
+    against a fresh pass of some samples (`differs`), and made anew, saying why, where it does not fit. Raises
+    OSError (ENOSPC) where it would have no place, NotOwn for a cache that others can write to, ValueError for
+    weights in parts and for `retain_layers` all."""
     check_cached(config, is_in_parts(student))
     place = Path(place).expanduser()
     place.mkdir(parents=True, exist_ok=True, mode=0o700)
-    name, began = fingerprint(teacher or student, harmful, benign, config), time.monotonic()
+    asked, began = asked_states(harmful, benign, twins), time.monotonic()
+    name = fingerprint(teacher or student, asked, config)
     folder, draft = place / name, place / f".{name}.unfinished"
-    size = cache_bytes(harmful, benign, *token_bytes(student, teacher, benign, config, pad_id))
+    size = cache_bytes(asked, *token_bytes(student, teacher, benign, config, pad_id))
     with holding(place, f".lock.{os.geteuid()}"):  # users of one place do not wait for each other
         for there in (folder, draft):
             if os.path.lexists(there):
                 check_own(there)
         if folder.exists():
-            cache, fault = load_sound_cache(folder, student, harmful, benign, config, pad_id, teacher)
+            cache, fault = load_sound_cache(folder, student, asked, config, pad_id, teacher)
             if cache:
                 say(
                     f"teacher cache: {size_words(size)}, found in {folder} and checked in "
@@ -355,11 +391,11 @@ def open_cache(
             shutil.rmtree(folder)
         check_room(place, size)
         say(
-            f"teacher cache: {size_words(size)} for {len(harmful)} harmful and {len(benign)} benign "
-            f"samples, made in {folder} ..."
+            f"teacher cache: {size_words(size)} for {len(harmful)} harmful and {len(benign)} benign samples"
+            f"{f' and {len(twins)} twins' if twins else ''}, made in {folder} ..."
         )
         draft.mkdir(exist_ok=True, mode=0o700)
-        write_shards(draft, student, harmful, benign, config, pad_id, teacher)
+        write_shards(draft, student, asked, config, pad_id, teacher)
         seal(draft)
         draft.rename(folder)
         sync(place)

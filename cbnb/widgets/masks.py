@@ -34,7 +34,7 @@ __all__ = ['COUNT_COLUMNS', 'LONG_PAGE', 'BREAKING_PAGE', 'RIVER', 'KNOWN_BAD', 
            'record_frame', 'message_frame', 'mask_caption', 'count_tables', 'audit_html', 'explored_html', 'mask_entry',
            'mask_entries', 'explored_state', 'chosen_masks', 'explored_view', 'skipped_sentence', 'matches', 'Shelf',
            'read_any_label', 'read_pasted', 'read_entries', 'as_shelf', 'load_masker', 'model_name', 'free_path',
-           'MaskExplorer', 'show_text', 'whole', 'make_field', 'make_button', 'make_row', 'ExplorerBox',
+           'twin_side', 'MaskExplorer', 'show_text', 'whole', 'make_field', 'make_button', 'make_row', 'ExplorerBox',
            'mask_explorer']
 
 # %% ../../nbs/widgets/02_masks.ipynb #488ae3bd
@@ -42,6 +42,9 @@ from ..basics.files import quoted_cell, write_bytes
 from ..basics.terminal import visible
 from ..basics.withheld import cut
 from ..data.sources import Reading, open_source, read_entry, split_commas
+from ..data.streams import TWIN_DROPS
+from ..data.twins import SIDES as SIDES_OF_TWIN
+from ..data.twins import draft_twin, next_messages
 from ..masking.actions import for_policy
 from ..masking.adapt import ADAPTATIONS, adapt, adapted_line
 from cbnb.masking.audit import (
@@ -739,6 +742,14 @@ class Shelf:
                 break
         return None, max(self.passed, start - 1)
 
+    @functools.cached_property
+    def actions(self) -> dict:
+        "What attack-free runs do next (`cbnb.data.twins.next_messages`), of all transcripts, read once."
+        self.rewind()
+        messages = next_messages(transcript for _, transcript in self.stream)
+        self.rewind()
+        return messages
+
     @property
     def size(self) -> str:
         "How many transcripts there are, in words, as far as it is known."
@@ -872,6 +883,25 @@ MASKER_SETTINGS = (
     "trust_remote_code",
 )
 
+# %% ../../nbs/widgets/02_masks.ipynb #mxtwn002
+def twin_side(transcript: Transcript, side: str, messages: Mapping) -> Transcript:
+    """Return the `side` of the twin of a harmful `transcript` (a name of `cbnb.data.twins.SIDES`), with the
+    action from `messages` (`cbnb.data.twins.next_messages`) where the transcript itself names none. Raises
+    TranscriptError that says why there is no such row."""
+    need(
+        side in SIDES_OF_TWIN,
+        "the explorer",
+        f"twin is {side!r}; use {', '.join(SIDES_OF_TWIN)}, or leave it empty for the transcript itself",
+    )
+    place = f"transcript {transcript.id}"
+    need(transcript.label == "harmful", place, "only harmful transcripts have a twin, and this one is benign")
+    draft = draft_twin(transcript, messages)
+    if isinstance(draft, str):
+        raise TranscriptError(f"{place} has no twin: {TWIN_DROPS[draft]}")
+    is_open = side != "rejected" and not draft.origin
+    need(not is_open, place, "nothing says what the user's own next action is: the teacher writes it")
+    return getattr(draft, side)
+
 # %% ../../nbs/widgets/02_masks.ipynb #7240f323
 class MaskExplorer:
     """Explore one set of transcripts; `mask_explorer` makes an explorer. `settings`: what is chosen;
@@ -924,6 +954,9 @@ class MaskExplorer:
         self.tokenizer = masker.tokenizer
         names = ("policies", "label", "max_length", "side")
         choice = {name: s[name] for name in names}
+        if s["twin"]:
+            known = transcript.meta.get("expected_call")
+            transcript = twin_side(transcript, s["twin"], {} if known else self.shelf.actions)
         return explore(adapt(transcript, masker.adapt), masker, **choice, model=model_name(s["model"]))
 
     def masker_now(self) -> ChatMasker:
@@ -1069,7 +1102,9 @@ class ExplorerBox:
         self.control = make_field(ipywidgets.Dropdown, "control tokens", "14em", options=modes, tooltip=tip)
         tip, hint = ", ".join(ADAPTATIONS), "split_calls,move_system,…"
         self.adapt = make_field(ipywidgets.Text, "adapt", "22em", **late, tooltip=tip, placeholder=hint)
-        return make_row(self.model, self.label, self.length, self.side, self.control, self.adapt)
+        tip, rows = "rows that a term on twins reads", [("as it is", ""), *((n, n) for n in SIDES_OF_TWIN)]
+        self.twin = make_field(ipywidgets.Dropdown, "twin", "12em", options=rows, tooltip=tip)
+        return make_row(self.model, self.label, self.length, self.side, self.control, self.twin, self.adapt)
 
     def listen(self) -> None:
         "Connect the widgets with the explorer's settings."
@@ -1079,6 +1114,7 @@ class ExplorerBox:
             self.model: "model",
             self.side: "side",
             self.control: "control",
+            self.twin: "twin",
             self.adapt: "adapt",
         }
         for widget, name in choice.items():
@@ -1249,6 +1285,7 @@ class ExplorerBox:
             (self.label, s["label"] or ""),
             (self.side, s["side"]),
             (self.control, s["control"]),
+            (self.twin, s["twin"]),
         ):
             values = [option[1] if isinstance(option, tuple) else option for option in widget.options]
             widget.value = value if value in values else None
@@ -1280,6 +1317,7 @@ def mask_explorer(
     tools: str = "",
     adapt: str | Collection[str] = "",
     trust_remote_code: bool = False,
+    twin: str = "",
 ) -> MaskExplorer:
     """Return a `MaskExplorer` of `transcripts`: entries of data, read as `cbnb.data.sources` says by
     `relabel` and `tools`, a Transcript or a list of them, a record or a list of messages; None begins with
@@ -1291,5 +1329,6 @@ def mask_explorer(
     (`cbnb.masking.adapt`); `trust_remote_code`: run code that comes with this model; `a`, `b`: the masks
     shown first; `label`: only tokens labelled benign or harmful; `max_length`, `side`: show what truncation
     to that many tokens leaves; `control`: see `ChatMasker`; `policies`: your own (`find_policy`) by
-    name; `number`: the transcript shown first. Nothing of these raises: what is wrong is said in the view."""
+    name; `number`: the transcript shown first; `twin`: a row of its twin in its place (`twin_side`). Nothing
+    of these raises: what is wrong is said in the view."""
     return MaskExplorer(**locals())  # each argument is a setting, under its own name
