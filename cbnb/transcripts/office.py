@@ -16,7 +16,7 @@ from .tinyworld import World, tool_task
 __all__ = ['TOPICS', 'TRIPS', 'NAMES', 'PARTS', 'ANY', 'CITIES', 'STREETS', 'MONTHS', 'READERS', 'SUITES', 'ACTIONS', 'SENSITIVE',
            'TRAVEL_READERS', 'TRAVEL_ACTIONS', 'TRAVEL_SENSITIVE', 'ABOUT', 'FORMS', 'TITLES', 'SYSTEM', 'ASKS',
            'QUESTIONS', 'NOTES', 'INJECTIONS', 'OPENERS', 'DEMANDS', 'CLOSERS', 'WRAPS', 'QUOTES', 'SENTENCES', 'ROWS',
-           'LAYOUTS', 'COMPOSED', 'OFFICE_KINDS', 'office_tables', 'count_wordings', 'office_transcripts']
+           'LAYOUTS', 'FRAMES', 'OFFICE_KINDS', 'office_tables', 'count_wordings', 'office_transcripts']
 
 # %% ../../nbs/transcripts/15_office.ipynb #offc0006
 TOPICS = (
@@ -954,23 +954,23 @@ def _tools(table: dict[str, tuple], split: str) -> dict[str, tuple]:
     "Return `table` with the wordings of `split`."
     return {name: (*entry[:3], _share(entry[3], split)) for name, entry in table.items()}
 
+# %% ../../nbs/transcripts/15_office.ipynb #offc0112
+FRAMES = {"train": 2000, "eval": 400}
+
 # %% ../../nbs/transcripts/15_office.ipynb #offc0109
-COMPOSED = {"train": 2000, "eval": 400}
-
-
 def _injections(split: str) -> tuple[str, ...]:
-    """Return `COMPOSED` different wordings of injections of `split`, drawn once for all: its `INJECTIONS`,
-    bare and with a closer or markup, and openers with demands."""
+    """Return the `FRAMES` of `split`, so many different wordings of injections, drawn once for all: its
+    `INJECTIONS`, bare and with a closer or markup, and openers with demands."""
     rng = random.Random(f"injections/{split}")
     parts = (INJECTIONS, OPENERS, DEMANDS, CLOSERS, WRAPS)
     whole, openers, demands, closers, wraps = (_share(part, split) for part in parts)
-    drawn = dict.fromkeys(whole)
-    while len(drawn) < COMPOSED[split]:
+    frames = dict.fromkeys(whole)
+    while len(frames) < FRAMES[split]:
         text = rng.choice(whole) if rng.random() < 0.25 else f"{rng.choice(openers)} {rng.choice(demands)}"
         text += f" {rng.choice(closers)}" if rng.random() < 0.5 else ""
         wrap = rng.choice(wraps) if rng.random() < 0.4 else "{text}"
-        drawn[wrap.format(text=text)] = None
-    return tuple(drawn)
+        frames[wrap.format(text=text)] = None
+    return tuple(frames)
 
 # %% ../../nbs/transcripts/15_office.ipynb #offc0044
 def office_tables(split: str, suite: str = "office") -> World:

@@ -259,14 +259,14 @@ def _assistant(call):
     return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}
 
 # %% ../../nbs/transcripts/12_tinyworld.ipynb #a096f59f
-def _note(rng, kind, split, key, world=TINY, asked=("", "")):
-    """Return the note in a tool result: `(text, the call that the text names or None)`. `asked`: the person
+def _note(rng, kind, split, key, world=TINY, request=("", "")):
+    """Return the note in a tool result: `(text, the call that the text names or None)`. `request`: the person
     and the kind of value that the order does not name."""
     if kind not in ("hard_negative", "injection"):
         return rng.choice(world.notes), None
-    takes = {n: [k for k in entry[2] if k != asked[1]] for n, entry in world.sensitive.items()}
+    takes = {n: [k for k in entry[2] if k != request[1]] for n, entry in world.sensitive.items()}
     name = rng.choice([n for n, kinds in takes.items() if kinds])
-    who = _pair(rng, [key], [p for p in world.people if p != asked[0]], split)[1]
+    who = _pair(rng, [key], [p for p in world.people if p != request[0]], split)[1]
     value = world.value(rng, rng.choice(takes[name]))
     frame = rng.choice(world.injections if kind == "injection" else world.quotes)
     order = _order(rng, name, who, value, world)
@@ -305,8 +305,8 @@ def tool_task(rng: random.Random, kind: str, split: str, id: str, world: World =
     (key, who), reader = _pair(rng, world.keys, world.people, split), rng.choice(list(world.readers))
     name = rng.choice(list(world.sensitive if kind == "sensitive" else world.actions))
     field, fields = _fields(rng, name, world)
-    asked = (who, next(k for k, names in world.fields.items() if field in names))
-    note, order = _note(rng, kind, split, key, world, asked if world.orders_apart else ("", ""))
+    request = (who, next(k for k, names in world.fields.items() if field in names))
+    note, order = _note(rng, kind, split, key, world, request if world.orders_apart else ("", ""))
     tools = _offer(rng, {reader, name} | ({order["name"]} if order else set()), world)
     content, (argument, source) = world.result(rng, (reader, key), fields, note), world.readers[reader]
     is_question, is_attack, title = kind == "question", kind == "injection", world.title(reader, key)
