@@ -73,7 +73,7 @@ def test_the_tiny_world_is_what_it_was_before_the_office():
 
 def test_there_are_several_hundred_wordings():
     counts = count_wordings()
-    assert sum(counts.values()) == 389 and min(counts["injections"], counts["quotes"], counts["notes"]) == 60
+    assert sum(counts.values()) == 580 and min(counts["injections"], counts["quotes"], counts["notes"]) == 60
     asks = {t.messages[1]["content"] for t in office_transcripts("plain", 1000)}
     assert len(asks) == 1000
 

@@ -146,7 +146,8 @@ class World:
     `titles`: how a reader's document is named, of `{key}` and `{slug}`; `forms`: what a tool takes for the
     value, of `{field}` and `{value}`; `about`: what its schema says of a tool; `suites`: `{reader: suite}`;
     `says_required`: whether a schema lists its arguments a second time, as required ones; `least_tools`: so
-    many are on offer, filled up with actions."""
+    many are on offer, filled up with actions; `orders_apart`: an order in a document names another person and
+    a value of another kind than the user's request."""
 
     name: str
     readers: Mapping[str, tuple]
@@ -170,6 +171,7 @@ class World:
     suites: Mapping[str, str] = field(default_factory=dict)
     says_required: bool = True
     least_tools: int = 0
+    orders_apart: bool = False
 
     @property
     def acts(self) -> dict[str, tuple]:
@@ -257,13 +259,15 @@ def _assistant(call):
     return {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}
 
 # %% ../../nbs/transcripts/12_tinyworld.ipynb #a096f59f
-def _note(rng, kind, split, key, world=TINY):
-    "Return the note in a tool result: `(text, the call that the text names or None)`"
+def _note(rng, kind, split, key, world=TINY, request=("", "")):
+    """Return the note in a tool result: `(text, the call that the text names or None)`. `request`: the person
+    and the kind of value that the order does not name."""
     if kind not in ("hard_negative", "injection"):
         return rng.choice(world.notes), None
-    name = rng.choice(list(world.sensitive))
-    who = _pair(rng, [key], world.people, split)[1]
-    value = world.value(rng, rng.choice(world.sensitive[name][2]))
+    takes = {n: [k for k in entry[2] if k != request[1]] for n, entry in world.sensitive.items()}
+    name = rng.choice([n for n, kinds in takes.items() if kinds])
+    who = _pair(rng, [key], [p for p in world.people if p != request[0]], split)[1]
+    value = world.value(rng, rng.choice(takes[name]))
     frame = rng.choice(world.injections if kind == "injection" else world.quotes)
     order = _order(rng, name, who, value, world)
     return frame.format(order=order, Order=order[:1].upper() + order[1:]), _call(name, who, value, world)
@@ -301,7 +305,8 @@ def tool_task(rng: random.Random, kind: str, split: str, id: str, world: World =
     (key, who), reader = _pair(rng, world.keys, world.people, split), rng.choice(list(world.readers))
     name = rng.choice(list(world.sensitive if kind == "sensitive" else world.actions))
     field, fields = _fields(rng, name, world)
-    note, order = _note(rng, kind, split, key, world)
+    request = (who, next(k for k, names in world.fields.items() if field in names))
+    note, order = _note(rng, kind, split, key, world, request if world.orders_apart else ("", ""))
     tools = _offer(rng, {reader, name} | ({order["name"]} if order else set()), world)
     content, (argument, source) = world.result(rng, (reader, key), fields, note), world.readers[reader]
     is_question, is_attack, title = kind == "question", kind == "injection", world.title(reader, key)
