@@ -2,7 +2,9 @@
 run (CBNB_REQUIRE_ALL=1)."""
 
 import os
+import time
 from collections import Counter
+from pathlib import Path
 
 # No test asks a hub for anything, and two test processes on two cores must not fight over them. Set before
 # any library is imported.
@@ -27,6 +29,9 @@ LONG = (
     "test_resume.py",
     "test_ablation.py",
 )
+BEGUN = time.monotonic()
+# not for what the tests start, which may be .ci/nbtest.py itself
+PARTS = os.environ.pop("CBNB_PARTS", None)
 REQUIRE_ALL = os.environ.get("CBNB_REQUIRE_ALL") == "1"
 
 
@@ -61,6 +66,7 @@ def pytest_make_collect_report(collector):
 
 def pytest_terminal_summary(terminalreporter):
     show_seconds(terminalreporter)
+    show_parts(terminalreporter)
     left_out = [r for key in ("skipped", "xfailed") for r in terminalreporter.stats.get(key, [])]
     if not left_out:
         return
@@ -88,6 +94,17 @@ def show_seconds(terminalreporter):
     terminalreporter.section("seconds by file, from 10 on")
     for path, spent in slow:
         terminalreporter.write_line(f"{spent:7.0f}  {path}")
+
+
+def show_parts(terminalreporter):
+    "What each part of .ci/run took, which it writes to the file CBNB_PARTS, a line a part; this one is last."
+    if not PARTS:
+        return
+    rows = [line.split(maxsplit=1) for line in Path(PARTS).read_text().splitlines()]
+    rows.append((f"{time.monotonic() - BEGUN:.0f}", "pytest"))
+    terminalreporter.section("seconds by part")
+    for spent, name in [*rows, (sum(int(spent) for spent, _ in rows), "together")]:
+        terminalreporter.write_line(f"{spent:>7}  {name}")
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@ everything: the same code, files, exit status and printed lines, without the ten
 transformers and peft are imported. What a kernel, papermill or a shell does is tested where `papermill` and
 `run` are called."""
 
+import gc
 import importlib
 import os
 import signal
@@ -19,6 +20,7 @@ from helpers import BIN, NBS, ROOT, code_cells, environment
 def begin(work, said, cwd, env):
     "In the child: `work()` with its output in the file `said`; never returns."
     code = 1
+    gc.freeze()  # a look through all that is imported takes a second, and a training has several
     try:
         os.chdir(cwd)
         os.environ.clear()

@@ -43,7 +43,8 @@ def left_out(tmp_path_factory):
 
 
 @pytest.mark.parametrize("strict", ["", "1"])
-def test_hooks_in_two_processes(left_out, strict):
+def test_hooks_in_two_processes(left_out, strict, tmp_path):
+    (tmp_path / "parts").write_text("130 environment\n20 lint and so on\n")
     said = run(
         sys.executable,
         "-m",
@@ -59,11 +60,21 @@ def test_hooks_in_two_processes(left_out, strict):
         "--continue-on-collection-errors",
         ".",
         cwd=left_out,
-        env={"CBNB_REQUIRE_ALL": strict, "PYTEST_ADDOPTS": ""},
+        env={
+            "CBNB_REQUIRE_ALL": strict,
+            "CBNB_PARTS": str(tmp_path / "parts") if strict else "",
+            "PYTEST_ADDOPTS": "",
+        },
     )
     *_, last = lines = said.stdout.splitlines()
     assert said.returncode == 1 and re.search(r"^1 1 gw\d$", said.stdout, re.M), said.stdout
     assert re.search(r"^ +21  slow/test_slow\.py$", said.stdout, re.M), said.stdout
+    parts = re.search(
+        r"^ {4}130  environment\n {5}20  lint and so on\n +(\d+)  pytest\n +(\d+)  together$",
+        said.stdout,
+        re.M,
+    )
+    assert bool(parts) == bool(strict) and (not parts or int(parts[2]) == 150 + int(parts[1])), said.stdout
     if strict:
         assert "3 failed, 21 passed, 1 error" in last, said.stdout
         for reason in ("needs a thing: install it", "marked xfail: is broken", "no module: make one"):

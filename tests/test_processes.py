@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState
 from cbnb.basics.jsonfiles import write_json
 from cbnb.run.metrics import read_json_lines
 from forked import cells as one_process
-from forked import ended, imported, started
+from forked import ended, execute, imported, started
 from helpers import BIN, NBS, ROOT, free_port, run
 from train_common import few, load, metrics
 
@@ -37,16 +37,20 @@ def make_runs(jobs):
     runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
+def ranks(processes):
+    "For each of so many processes the variables by which they find each other; none for one alone."
+    if processes == 1:
+        return [{}]
+    group = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    return [group | {"RANK": k, "LOCAL_RANK": k} for k in map(str, range(processes))]
+
+
 def together(processes, jobs, timeout=600):
     """Runs the jobs of train_together.py one after another by so many forked processes, which find each other
     by the variables that torchrun sets; torchrun itself starts the notebook, see `launch`. Returns their
     output."""
     imported(NBS / "train.ipynb")
-    group = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = (
-        [{}] if processes == 1 else [group | {"RANK": k, "LOCAL_RANK": k} for k in map(str, range(processes))]
-    )
-    begun = [started(lambda: make_runs(jobs), ROOT, os.environ | own) for own in ranks]
+    begun = [started(lambda: make_runs(jobs), ROOT, os.environ | own) for own in ranks(processes)]
     outcomes = [ended(*one, timeout) for one in begun]
     for done in outcomes:
         assert done.returncode == 0, done.stdout[-6000:]
@@ -69,16 +73,17 @@ def runs(tmp_path_factory):
     that were stopped and gone on with by others."""
     folder = tmp_path_factory.mktemp("together")
     stopped = [
-        job(folder, f"{way} then {other}", "at once", way == "fsdp", stop_after=2)
+        job(folder, f"{way} then {other}", "at once", way == "fsdp", stop_after=1)
         for way, other in (("ddp", "one"), ("fsdp", "ddp"), ("ddp", "fsdp"))
     ]
     at_zero = {"config": {"beta_kl": 0, "target_layers": [1], "lora_layers": [0, 3]}}
+    # searches: of an objective that has twins too
     twin, pairs, soft = ({"config": {"objective": name}} for name in ("rr_twin", "dpo", "rr_twin_adv"))
     one = [job(folder, f"one {size}", size, evaluated=size == EVALUATED) for size in SIZES] + [
         job(folder, "one with twins", "accumulated", **twin),
         job(folder, "one with pairs", "accumulated", **pairs),
         job(folder, "one with searches", "accumulated", **soft),
-        job(folder, "one then fsdp", "at once", stop_after=2),
+        job(folder, "one then fsdp", "at once", stop_after=1),
         job(folder, "one at beta 0", "at once", **at_zero),
     ]
     two = [
@@ -88,7 +93,6 @@ def runs(tmp_path_factory):
     ]
     two += [
         job(folder, "ddp at beta 0", "at once", **at_zero),
-        job(folder, "ddp with twins", "accumulated", **twin),
         job(folder, "fsdp with twins", "accumulated", True, **twin),
         job(folder, "ddp with pairs", "accumulated", **pairs),
         job(folder, "fsdp with pairs", "accumulated", True, **pairs),
@@ -100,7 +104,7 @@ def runs(tmp_path_factory):
     for name in ("ddp then one", "fsdp then ddp", "ddp then fsdp"):
         assert (
             load(folder / name / "status.json")["resumed_step"] == 0
-            and (folder / name / "checkpoints" / "checkpoint-2").is_dir()
+            and (folder / name / "checkpoints" / "checkpoint-1").is_dir()
         )
     together(1, [job(folder, "ddp then one", "at once")])
     together(
@@ -115,13 +119,14 @@ def runs(tmp_path_factory):
 
 
 def differences(a, b):
-    "The largest relative difference of two logs' figures (of a small one the absolute), and its key."
+    """The largest relative difference of two logs' figures, and its key; of a figure near 0, such as the
+    cosine of two gradients, the absolute one."""
     rows, others = metrics(a), metrics(b)
     assert [row.keys() for row in rows] == [row.keys() for row in others] and [
         row["step"] for row in rows
-    ] == [1, 2, 3, 4]
+    ] == [1, 2, 3]
     return max(
-        (abs(x[key] - y[key]) / max(abs(x[key]), 1e-2), key)
+        (abs(x[key] - y[key]) / max(abs(x[key]), 5e-2 if "_cos_" in key else 1e-2), key)
         for x, y in zip(rows, others)
         for key in x
         if x[key] is not None
@@ -164,26 +169,26 @@ def test_two_processes_answer_as_one(runs, way):
 @pytest.mark.parametrize("name", ["ddp then one", "fsdp then ddp", "ddp then fsdp", "one then fsdp"])
 def test_they_go_on_from_each_others_checkpoints(runs, name):
     assert differences(runs / "one at once", runs / name)[0] < 1e-5
-    assert load(runs / name / "status.json")["resumed_step"] == 2
+    assert load(runs / name / "status.json")["resumed_step"] == 1
 
 
 def test_adapter_weights_that_no_term_reaches(runs):
     assert differences(runs / "one at beta 0", runs / "ddp at beta 0")[0] < 1e-5
 
 
-@pytest.mark.parametrize("way", ["ddp", "fsdp"])
 @pytest.mark.parametrize(
-    "what, count, term", [("twins", "twin_targets", "twin"), ("pairs", "preference_pairs", "preference")]
+    "way, what, count, term",
+    [
+        ("ddp", "searches", "twin_targets", "twin"),
+        ("fsdp", "twins", "twin_targets", "twin"),
+        ("ddp", "pairs", "preference_pairs", "preference"),
+        ("fsdp", "pairs", "preference_pairs", "preference"),
+    ],
 )
 def test_two_processes_share_the_twins(runs, way, what, count, term):
     worst, key = differences(runs / f"one with {what}", runs / f"{way} with {what}")
     assert worst < 1e-4, key
     assert all(row[count] and row[f"loss_{term}"] > 0 for row in metrics(runs / f"{way} with {what}"))
-
-
-def test_two_processes_take_the_same_steps_of_a_search(runs):
-    worst, key = differences(runs / "one with searches", runs / "ddp with searches")
-    assert worst < 1e-4, key
 
 
 def test_two_processes_share_a_teacher_cache(runs):
@@ -280,19 +285,8 @@ def alive(folder):
     ]
 
 
-RAISES = "raise OSError('the disk of this node is gone')"
-DIES = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "what, word",
-    [
-        (RAISES, "in process 1 of 2: OSError: the disk of this node is gone"),
-        (DIES, "another process has ended without a word"),
-    ],
-)
-def test_when_one_process_fails_all_end(tmp_path, what, word):
+def tripping(folder, what):
+    "A notebook in `folder`: train.ipynb, in which process 1 does `what` behind step 2, and notes the time."
     notebook = nbformat.read(NBS / "train.ipynb", as_version=4)
     cell = next(c for c in notebook.cells if "if not train_breaker(" in c.source)
     trip = [
@@ -310,16 +304,49 @@ def test_when_one_process_fails_all_end(tmp_path, what, word):
     cell.source = "\n".join([*lines[:at], *trip, *lines[at:]]).replace(
         "[alarms, view]", "[alarms, view, Trip()]"
     )
-    nbformat.write(notebook, tmp_path / "trip.ipynb")
-    process = launch(tmp_path, tmp_path / "trip.ipynb")
-    said = process.communicate(timeout=300)[0]
-    ended = time.time()
-    path = the_run(tmp_path)
-    assert process.returncode and ended - float((path / "tripped").read_text()) < 60, said[-3000:]
+    nbformat.write(notebook, folder / "trip.ipynb")
+    return folder / "trip.ipynb"
+
+
+def failed(folder, ended, word):
+    "The run's directory, once it has failed with `word` within a minute behind its trip."
+    path = the_run(folder)
+    assert ended - float((path / "tripped").read_text()) < 60
     status = load(path / "status.json")
     assert status["state"] == "failed" and word in status["error"], status
+    return path, status
+
+
+@pytest.mark.slow
+def test_when_one_process_dies_all_end(tmp_path):
+    "Its launcher, its papermills and their kernels too."
+    process = launch(tmp_path, tripping(tmp_path, "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"))
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode, said[-3000:]
+    path, status = failed(tmp_path, time.time(), "another process has ended without a word")
     time.sleep(3)
     assert not alive(tmp_path), "a process of it goes on"
+    assert load(path / "status.json") == status
+
+
+@pytest.mark.slow
+def test_when_one_process_raises_all_end(tmp_path):
+    "Forked processes, which nobody else ends: the one that goes on must notice by itself."
+    notebook, given = tripping(tmp_path, "raise OSError('the disk of this node is gone')"), few(tmp_path)
+    parameters = dict(zip(given[1::3], given[2::3], strict=True))
+    imported(notebook)
+
+    def make():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        execute(notebook, parameters)
+
+    own = os.environ | {"CBNB_RUNS": str(tmp_path / "runs")}
+    begun = [started(make, NBS, own | rank) for rank in ranks(2)]
+    outcomes = [ended(*one, 300) for one in begun]
+    told = [(done.returncode, done.stdout[-3000:]) for done in outcomes]
+    assert all(code for code, _ in told), told
+    path, status = failed(tmp_path, time.time(), "in process 1 of 2: OSError: the disk of this node is gone")
+    time.sleep(1)
     assert load(path / "status.json") == status
 
 

@@ -28,6 +28,7 @@ from cbnb.sft.train import train_agent
 from cbnb.step.models import add_adapter, load_model, load_tokenizer
 from cbnb.transcripts.reader import write_transcripts
 from cbnb.transcripts.tinyworld import make_transcripts
+from forked import cells
 from helpers import NBS
 from outside import smollm2_cache
 from train_common import load, papermill
@@ -75,7 +76,7 @@ def whole(data, tmp_path_factory):
     "The run directory of one run that nobody has stopped."
     folder = tmp_path_factory.mktemp("whole") / "agent-run"
     done = papermill(*papermill_words(TINY | data | {"run_dir": folder}), notebook=NBS / "agent.ipynb")
-    assert not done.returncode, done.stderr
+    assert not done.returncode, done.stdout[-4000:]
     return folder
 
 
@@ -149,8 +150,8 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bits(data, whole, tmp_path):
     assert status["state"] == "interrupted" and not (folder / "model").exists()
     (folder / "merged").mkdir()  # as a killed attempt leaves it
     (folder / "merged" / "x").write_text("half")
-    done = papermill(*papermill_words(given | {"run_dir": folder}), notebook=NBS / "agent.ipynb")
-    assert not done.returncode, done.stderr
+    done = cells(*papermill_words(given | {"run_dir": folder}), notebook=NBS / "agent.ipynb")
+    assert not done.returncode, done.stdout[-4000:]
     assert load(folder / "status.json")["attempt"] == 2
     assert read_metrics(folder) == read_metrics(whole)
     assert weights(folder / "model") == weights(whole / "model")
@@ -239,7 +240,7 @@ def test_a_template_that_writes_no_calls(data, tmp_path):
     (tmp_path / "t.jinja").write_text(template)
     folder = tmp_path / "run"
     given = TINY | data | {"chat_template": tmp_path / "t.jinja", "run_dir": folder}
-    done = papermill(*papermill_words(given), notebook=NBS / "agent.ipynb")
+    done = cells(*papermill_words(given), notebook=NBS / "agent.ipynb")
     assert done.returncode and not (folder / "model").exists()
     assert "tool call" in load(folder / "status.json")["error"]
 

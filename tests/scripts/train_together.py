@@ -51,10 +51,10 @@ for job in json.loads(sys.argv[1]):
     config = get_config(
         "tinyagent",
         **{
-            "total_steps": 4,
+            "total_steps": 3,
             "batch_size": 4,
             "gradient_accumulation_steps": 2,
-            "warmup_steps": 1,
+            "warmup_steps": 0,
             "lora_dropout": 0.0,
             "diagnose_steps": 2,
             "save_steps": 0,
