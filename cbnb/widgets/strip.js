@@ -506,6 +506,10 @@ function createStrip(el, model) {
 
   view.addEventListener("keydown", (event) => {
     event.stopPropagation();      // JupyterLab would take a, b, m, dd for itself
+    if ((event.ctrlKey || event.metaKey) && event.key.toLowerCase() === "a") {      // all of the strip, not of the page
+      getSelection().selectAllChildren(view);
+      event.preventDefault();
+    }
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     const back = event.shiftKey ? -1 : 1;
     const act = {
