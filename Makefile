@@ -83,10 +83,10 @@ bench: $(VENV)/.dev  ## the benchmarks of nbs/bench/, run in place; fetches peer
 QUIET_LAB := {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": false}}
 
 # cache_ports: with it a kernel whose ports another process has taken is started again with the same ones
-lab: $(VENV)/.user  ## JupyterLab on nbs/, on this machine's loopback with a fresh token
+lab: $(VENV)/.user  ## JupyterLab on nbs/, opened at start.ipynb, on this machine's loopback with a fresh token
 	@mkdir -p $(VENV)/etc/lab/labconfig
 	@printf '%s\n' '$(QUIET_LAB)' >$(VENV)/etc/lab/labconfig/default_setting_overrides.json
-	JUPYTER_CONFIG_DIR=$(abspath $(VENV))/etc/lab $(RUN) -m jupyterlab --ip=127.0.0.1 --ServerApp.root_dir=nbs --KernelManager.cache_ports=False \
+	JUPYTER_CONFIG_DIR=$(abspath $(VENV))/etc/lab $(RUN) -m jupyterlab --ip=127.0.0.1 --ServerApp.root_dir=nbs --LabApp.default_url=/lab/tree/start.ipynb --KernelManager.cache_ports=False \
 	  $(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_ARGS)
 
 docs: $(VENV)/.dev  ## the notebooks and pages as a static site in _docs/, readable without a server or a network

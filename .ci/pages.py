@@ -83,7 +83,7 @@ ROOMS = (
 # The parts of the site. An entry is a page or a pattern of pages below nbs/, or (title, entries). The rooms
 # follow at the end.
 PARTS = (
-    ("Tutorial", ("tutorial.ipynb",)),
+    ("Tutorial", ("start.ipynb", "tutorial.ipynb")),
     (
         "How-to",
         (

@@ -1198,7 +1198,14 @@ KL_PARAMETERS = (
         unset="None: the run's",
         kind=float,
     ),
-    FIRST_SHOWN,
+    parameter(
+        "number",
+        None,
+        "view",
+        "the transcript shown first, from 1",
+        unset="None: the one with the largest KL in its mask",
+        kind=int,
+    ),
     parameter(
         "candidates",
         10,

@@ -4,6 +4,7 @@ compute, and all of it can be reached."""
 import base64
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,7 +22,7 @@ from cbnb.step.models import add_adapter, load_model, load_tokenizer, save_adapt
 from cbnb.transcripts.reader import write_transcripts
 from cbnb.transcripts.record import Transcript
 from cbnb.transcripts.tinyworld import make_transcripts
-from cbnb.widgets.kl import KLExplorer, kl_html, static_kl
+from cbnb.widgets.kl import KLExplorer, choice_rows, kl_html, largest_target, static_kl
 from helpers import BIN, HOSTILE, KEYS, NBS, ROOT, copy_tree, read, run
 from lab.labharness import Lab
 
@@ -194,6 +195,8 @@ def test_the_list_of_the_largest_jumps(pages, two):
         table = token_table(arguments["encoding"], arguments["mask"], arguments["divergence"], name)
         return top_tokens(table[table["in_mask"]] if inside else table, 20, way).index.tolist()
 
+    assert listed() == wanted("A", "forward", inside=True)
+    page.select_option(OVER, "all")
     assert listed() == wanted("A", "forward")
     page.get_by_label("student", exact=True).select_option(label="B")
     assert listed() == wanted("B", "forward") and "of B" in page.locator(".kl-top h2").inner_text()
@@ -223,6 +226,7 @@ def test_tokens_of_one_kind(pages, two):
     arguments, page = two[0], pages.open(static_kl(two[0]).html)
     own, d = arguments["kinds"] == KIND_NAMES.index("call_value"), arguments["divergence"]
     table = token_table(arguments["encoding"], arguments["mask"], d, "A")
+    page.select_option(OVER, "all")
     assert page.locator(KIND).locator("option").all_inner_texts()[:2] == ["of every kind", "argument values"]
     page.locator(KIND).focus()
     page.keyboard.press("ArrowDown")
@@ -240,6 +244,9 @@ def test_tokens_of_one_kind(pages, two):
     assert "no target is of the kind" in page.locator(".kl-summary").inner_text()
     page.select_option(KIND, "")
     assert page.locator(".kl-list button").count() == 20 and page.locator(".cb-view .na").count() == 1
+    page.select_option(OVER, "mask")
+    page.select_option(KIND, "not the assistant's")
+    assert "choose all tokens" in page.locator(".kl-list").inner_text()
     page = pages.open(static_kl(two[0] | {"kinds": None}).html)
     assert page.locator(KIND).is_hidden() and page.locator(".kl-list button").count() == 20
     pages.assert_clean()
@@ -338,6 +345,7 @@ def test_token_zero_and_no_token(pages, two):
         "is predicted by nothing" in page.locator(".kl-detail").inner_text()
         and page.locator(".kl-detail table").count() == 0
     )
+    page.select_option(OVER, "all")
     assert page.locator(".cb-view .na").count() == 1
     choose(page, 5)
     assert page.locator(".kl-detail table").count() == 1
@@ -356,6 +364,94 @@ def test_words_are_seen_at_every_width(pages, two):
             "all => all.map(w => [w.clientWidth, w.scrollWidth])"
         )
         assert len(sizes) == 20 and all(seen >= min(whole, 50) for seen, whole in sizes), (width, sizes)
+
+
+def test_colours_are_nats_and_prompts_are_grey(pages, two):
+    """The same KL has the same colour in every transcript, the legend says which, and what no term asks for
+    is grey until it is asked for."""
+    d, mask = two[0]["divergence"], two[0]["mask"]
+    for factor in (1.0, 1e-3):
+        part = replace(d, forward=d.forward * factor)
+        page = pages.open(static_kl(two[0] | {"divergence": part}).html)
+        edges = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10]
+        wanted = [
+            int(np.searchsorted(edges, np.float32(x), "right")) if m else -1
+            for x, m in zip(part.forward[0].tolist(), mask)
+        ]
+        levels = "all => all.map(t => Number(/ h(\\d)/.exec(t.className)?.[1] ?? -1))"
+        assert tokens(page).evaluate_all(levels) == wanted and len({*wanted}) > 2
+        page.select_option(OVER, "all")
+        assert tokens(page).evaluate_all(levels).count(-1) == 1
+        key = page.locator(".cb-key").first.inner_text()
+        assert "nats" in key and all(f"≥ {edge}" in key for edge in edges) and "< 0.001" in key
+    assert "by logarithm" not in key
+    pages.assert_clean()
+
+
+def test_it_opens_at_the_largest_kl_in_the_mask(pages, two):
+    "With its distribution beside the strip, all of it above the fold, and the maps below."
+    explorer = KLExplorer(two[0], choices=choice_rows(make_transcripts("injection", 3)), choice=1)
+    table = token_table(two[0]["encoding"], two[0]["mask"], two[0]["divergence"], "A")
+    other = token_table(two[0]["encoding"], two[0]["mask"], two[0]["divergence"], "B")
+    best = max(table[table.in_mask].forward.max(), other[other.in_mask].forward.max())
+    at = explorer.selected
+    assert at == largest_target(**two[0]) and best in (table.forward[at], other.forward[at])
+    page = pages.open(explorer.static().html)
+    page.set_viewport_size({"width": 1280, "height": 800})
+    assert chosen(page) == [at] and "transcript 2 · harmful · injection · " in page.inner_text(
+        ".cb-bar >> nth=0"
+    )
+    strip, detail = page.locator(".cb-body").bounding_box(), page.locator(".kl-detail table").bounding_box()
+    assert detail["x"] > strip["x"] + strip["width"], "beside each other"
+    assert all(box["y"] + box["height"] < 800 for box in (strip, detail)), "above the fold"
+    assert page.locator(".kl-states").bounding_box()["y"] > detail["y"] + detail["height"]
+    page.set_viewport_size({"width": 700, "height": 800})
+    strip, detail = page.locator(".kl-strip").bounding_box(), page.locator(".kl-detail").bounding_box()
+    assert detail["y"] >= strip["y"] + strip["height"]
+    assert page.evaluate("document.documentElement.scrollWidth") <= 700
+    pages.assert_clean()
+
+
+def live_page(pages, explorer):
+    "The page of an `explorer` as its widget would be beside a kernel; `model` is the widget's model."
+    html = explorer.static().html.replace('"live": false', '"live": true')
+    rows = json.dumps(explorer.choices)
+    html = re.sub(r'"choices": \[.*?\](?=, "chosen")', lambda m: f'"choices": {rows}', html)
+    asked = """function pageModel(state) { return window.model = madeModel(state) }
+        function madeModel(state) {"""
+    html = html.replace("function pageModel(state) {", asked, 1)
+    told = 'send() {}, gone() { for (const act of listeners.get("comm_live_update") || []) act(); },'
+    return pages.open(html.replace("send() {},", told, 1))
+
+
+def test_no_other_transcripts_tokens_stand_there(pages, two):
+    """While one is computed, after a number that cannot be, and beside a kernel that has gone: a sentence,
+    and no tokens as if they were those of the transcript that is chosen."""
+    many = [*make_transcripts("injection", 3), *make_transcripts("plain", 2)]
+    page = live_page(pages, KLExplorer(two[0], choices=choice_rows(many)))
+    number, status = (
+        page.get_by_label("number of the transcript"),
+        page.locator(".cb-bar [role=status]").first,
+    )
+    listed = page.get_by_label("transcript", exact=True)
+    assert listed.locator("option").count() == 5 and "of 5" in page.inner_text(".kl-pick")
+    page.get_by_label("label of transcripts").select_option("benign")
+    assert listed.locator("option").count() == 3, "and the one that is shown"
+    for text, words in (("", "The number was empty"), ("6", "no transcript 6: give a number from 1 to 5")):
+        number.fill(text), number.press("Tab")
+        assert words in status.inner_text() and number.input_value() == "1"
+        assert page.locator(".kl-main").is_visible()
+    number.fill("4"), number.press("Tab")
+    assert "transcript 4" in status.inner_text() and page.locator(".kl-main").is_hidden()
+    answer = "model.set('problem', 'MaskError: odd'); model.set('answer', 1)"
+    page.evaluate(answer), page.locator(".cb-message", has_text="odd").wait_for()
+    assert page.locator(".kl-main").is_hidden() and status.inner_text() == ""
+    page.evaluate("model.set('problem', ''); model.set('shown', 3); model.set('answer', 2)")
+    page.locator(".kl-main").wait_for()
+    page.evaluate("model.gone()")
+    assert "run the cell again" in page.locator(".cb-message").first.inner_text() and number.is_disabled()
+    assert page.get_by_label("temperature").is_disabled()
+    pages.assert_clean()
 
 
 def test_keys_do_not_reach_the_notebook(pages, two):
@@ -422,6 +518,7 @@ def test_a_secret_is_not_told_token_by_token(pages, masker, kind, monkeypatch):
         assert {*page.locator(".kl-detail .kl-word").all_inner_texts()} == {"[removed]"}
         assert page.locator(".kl-detail :is([title], .kl-actual)").count() == 0
         assert f"token {i} [removed]: cosine" in page.locator(COSINE).get_attribute("aria-valuetext")
+    page.select_option(OVER, "all")
     listed = page.locator(".kl-list button").evaluate_all(
         "all => all.map(b => [Number(b.dataset.token), b.querySelector('.kl-word').innerText])"
     )
@@ -457,6 +554,7 @@ def test_nothing_of_a_transcript_is_markup(pages, masker):
     html = still.html.replace('"words": ["', '"words": ["\\u003cimg src=x onerror=alert(2)>', 1)
     assert html != still.html
     for page in (pages.open(html), pages.framed(html)):
+        page.locator(OVER).select_option("all")
         for i in range(n):
             choose(page, i)
             page.locator(BY).select_option("part"), page.locator(BY).select_option("role")
@@ -666,11 +764,16 @@ def test_the_notebook_in_jupyterlab(browser, tmp_path):
             and abs(shown() - wanted()) < 1e-9
         )
         assert "T = 10" in view.locator(".kl-detail").inner_text()
-        view.get_by_label("transcript").select_option(index=30)
-        view.locator(".kl-detail", has_text="Choose a token").wait_for(timeout=60_000)
+        assert "of 40" in view.locator(".kl-pick").inner_text()
+        view.get_by_label("label of transcripts").select_option("harmful")
+        harmful = view.get_by_label("transcript", exact=True)
+        assert "8 listed" in view.locator(".kl-pick").inner_text()
+        harmful.select_option(index=7)  # behind the one that is shown
+        view.locator(".cb-message", has_text="the KL term leaves it out").wait_for(timeout=60_000)
         assert (
             python("explorer.arguments['title']") == "injection-eval-0-00006"
             and abs(shown() - wanted()) < 1e-9
+            and python("explorer.arguments['mask'][explorer.selected]") == "True"
         )
         assert "post_injection_only" in python(
             "explorer.strip['a']"
@@ -679,6 +782,7 @@ def test_the_notebook_in_jupyterlab(browser, tmp_path):
         view.locator(".kl-detail", has_text="Token 20 ").wait_for(timeout=60_000)
         python("setattr(explorer, 'chosen', 10**6)")
         view.locator(".cb-message", has_text="IndexError").wait_for(timeout=60_000)
+        assert view.locator(".kl-main").is_hidden(), "tokens of another transcript"
         nb.check()
         nb.shot(tmp_path / "explore_kl.png")
         lab.assert_offline()

@@ -304,11 +304,13 @@ def test_make_lab_asks_for_no_news(lab, tmp_path):
             with suppress(OSError):
                 url = f"http://127.0.0.1:{port}/lab/api/settings/{name}?token={token}"
                 said = json.loads(urllib.request.urlopen(url, timeout=5).read())
+                opened = urllib.request.urlopen(f"http://127.0.0.1:{port}/?token={token}", timeout=5).url
                 break
             time.sleep(0.1)
     finally:
         Lab.stop_server(server)
         log.close()
+    assert opened.split("?")[0].endswith("/lab/tree/start.ipynb"), "what a newcomer should see first"
     asked = said["schema"]["properties"]
     assert asked["fetchNews"]["default"] == "false" and asked["checkForUpdates"]["default"] is False
 

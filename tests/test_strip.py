@@ -241,6 +241,25 @@ def test_text_is_copied_as_it_stands(pages, html, encoding, masker):
     pages.assert_clean()
 
 
+def test_all_of_the_strip_is_copied(pages, html, encoding):
+    "Control and A select the strip and not the page around it, also what is not drawn."
+    page = pages.open(html)
+    page.locator(".cb-view").focus()
+    page.keyboard.press("Control+A")
+    copy = """() => {
+        const event = new ClipboardEvent("copy", {clipboardData: new DataTransfer(), bubbles: true});
+        document.querySelector('.cb-view').dispatchEvent(event);
+        return [event.clipboardData.getData('text/plain'), getSelection().toString()] }"""
+    text, selected = page.evaluate(copy)
+    assert text == encoding.text and "Choose a token" not in selected
+    long = by_hand(["line of words\n"] * 4000)
+    page = pages.open(long.static().html)
+    page.locator(".cb-view").focus()
+    page.keyboard.press("Control+A")
+    assert page.evaluate(copy)[0] == "line of words\n" * 4000
+    pages.assert_clean()
+
+
 def test_keys(pages, html, encoding):
     page, n = pages.open(html), len(encoding.input_ids)
     page.select_option(A, POLICIES[2])

@@ -37,9 +37,9 @@ __all__ = ['MEASURES', 'ANSWERED', 'TOKEN_ROWS', 'LOOP_FIGURES', 'REASONS', 'STY
            'thin', 'columns_of', 'line', 'axis_ids', 'end_labels', 'panel_axes', 'panel_places', 'panel', 'curves',
            'linear_ticks', 'log_ticks', 'tick_text', 'pixels', 'svg_path', 'svg_intervals', 'svg_dots', 'svg_line',
            'svg_text', 'svg_axes', 'svg_note', 'svg_panel', 'static_svg', 'figure_bundle', 'show', 'rate_trace',
-           'dial_trace', 'dial_axes', 'dial_rows', 'dial_figure', 'show_dials', 'tune_dial', 'tamper_figure',
-           'attack_traces', 'attack_axes', 'attack_figure', 'dial_section', 'table_parts', 'page_sections',
-           'report_page', 'write_report', 'told_of', 'write_run_report']
+           'dial_trace', 'dial_axes', 'dial_rows', 'dial_figure', 'show_dials', 'rows_figure', 'tune_dial',
+           'tamper_figure', 'attack_traces', 'attack_axes', 'attack_figure', 'dial_section', 'table_parts',
+           'page_sections', 'report_page', 'write_report', 'told_of', 'write_run_report']
 
 # %% ../../nbs/report/00_figures.ipynb #c205d231
 from ..basics.jsonfiles import RunError, write_owned
@@ -1475,6 +1475,31 @@ def show_dials(result: dict[str, Any]) -> None:
     """Display the dials of a `result` (result.json), a figure each; nothing where there is none."""
     for name, dial in (result.get("dial") or {}).items():
         show(dial_figure(dial, name))
+
+# %% ../../nbs/report/00_figures.ipynb #linefig1
+def rows_figure(
+    rows: Mapping[str, Iterable[float]], title: str, along: str, limits: tuple[float, float]
+) -> go.Figure:
+    """Return one panel with a line of floats [n] for each of `rows` (by name, at most four), over 0 to n − 1
+    `along` what they are numbered by; `limits` of the values. Raises ValueError for rows of several lengths.
+    """
+    values = {name: np.asarray([*row], dtype=float) for name, row in rows.items()}
+    (n,) = {len(row) for row in values.values()}
+    both = dict(gridcolor="rgba(128,128,128,0.25)", zeroline=False, ticks="outside", domain=[0.0, 1.0])
+    name_of_x = dict(text=along, standoff=4, font=dict(size=12))
+    xaxis = dict(both, anchor="y", range=[-0.2, n - 0.8], showticklabels=True, title=name_of_x)
+    styles = (("#0072B2", "solid"), ("#D55E00", "dash"), ("#009E73", "dot"), ("#CC79A7", "dashdot"))
+    traces = [
+        go.Scatter(x=[*range(n)], y=row, mode="lines", name=visible(name), line=dict(color=c, dash=d))
+        for (name, row), (c, d) in zip(values.items(), styles)
+    ]
+    for trace in traces:
+        trace.update(xaxis="x", yaxis="y", line_width=2)
+    corner = dict(x=0, xanchor="left", y=1, yanchor="bottom", yshift=6, showarrow=False, font=dict(size=13))
+    notes = [dict(corner, text=title, xref="x domain", yref="y domain")]
+    notes += end_labels(traces, 1, limits, False, DIAL_HEIGHT - DIAL_MARGIN["t"] - DIAL_MARGIN["b"])
+    axes = dict(xaxis=xaxis, yaxis=dict(both, anchor="x", range=list(limits)), annotations=notes)
+    return go.Figure(traces, dict(axes, height=DIAL_HEIGHT, margin=DIAL_MARGIN, meta=title, **LOOK))
 
 # %% ../../nbs/report/00_figures.ipynb #69a85aa6
 def tune_dial(record: dict[str, Any], name: str, marks: Sequence[int]) -> dict[str, Any]:

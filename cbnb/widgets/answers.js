@@ -329,6 +329,8 @@ function createAnswers(el, model) {
     if (!shown.includes(k)) reset();
     choose(shown.indexOf(k));
   };
+  const lose = () => { message.textContent = [data.message, GONE].filter(Boolean).join("\n"); message.hidden = false; };
+  model.on("comm_live_update", lose);
   model.on("change:answer", answered);
   model.on("change:place", chose);
   const first = model.get("place");
@@ -337,7 +339,7 @@ function createAnswers(el, model) {
   if (!model.get("live") && window.top === window) list.focus({ preventScroll: true });
   return () => {
     resized.disconnect(); clearTimeout(timer); cancelAnimationFrame(drawn); cancelAnimationFrame(told);
-    model.off("change:answer", answered); model.off("change:place", chose);
+    model.off("change:answer", answered); model.off("change:place", chose); model.off("comm_live_update", lose);
     root.remove();
   };
 }

@@ -64,7 +64,7 @@ from ..run.settings import kept_template
 from ..transcripts.holdout import suite_of
 from ..transcripts.reader import read_transcripts
 from ..transcripts.record import Transcript, TranscriptError
-from .kl import KLExplorer, StillExplorer, explorer_parts, run_config
+from .kl import KLExplorer, StillExplorer, choice_rows, explorer_parts, run_config
 from .masks import ExplorerBox, MaskExplorer, mask_explorer, show_text, skipped_sentence
 from .views import StaticView, is_live, mime_bundle, module, page, source, table_html, tables_html
 
@@ -986,7 +986,7 @@ class ActionExplorer:
             explorer: KLExplorer | StillExplorer
             explorer, transcripts = self.measured[key]
             transcripts.append(a.transcript)
-            explorer.choices = [visible(t.id) for t in transcripts]
+            explorer.choices = choice_rows(transcripts)
             explorer.chosen = len(transcripts) - 1
         else:
             # of an evaluation the model and template that it asked by, which need not be the adapter's run's

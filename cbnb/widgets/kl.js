@@ -4,6 +4,8 @@
 const WAYS = { forward: { name: "D(teacher‖student)", part: "p·log(p/q)" }, reverse: { name: "D(student‖teacher)", part: "q·log(q/p)" } };
 const NUMBERS = ["forward", "reverse", "log_p", "log_q", "rest_p", "rest_q", "rest_forward", "rest_reverse"];
 const LONGEST = 20;      // tokens in the list of the largest
+// Nats at which the colours of the strip begin: the same for every transcript, student and temperature, so that two views can be compared.
+const NATS = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10];
 
 // Plain numbers for the eye: infinities as ∞, a real minus.
 function amount(x, digits = 3) {
@@ -38,7 +40,9 @@ function readKinds(model) {
   return { names: given.names || [], values: array(Uint8Array, given.values) };
 }
 // Whether token i is of the kind that is chosen; `only` is empty for all.
-const isShown = ({ kinds, only }, i) => !only || kinds.names[kinds.values[i]] === only;
+const isKind = ({ kinds, only }, i) => !only || kinds.names[kinds.values[i]] === only;
+// Whether token i is coloured, listed and counted: of the kind that is chosen, and a target unless all tokens are asked for.
+const isShown = (now, i) => (now.all || now.mask[i] === 1) && isKind(now, i);
 
 // p·log(p/q) from logarithms, in nats. Where p is 0 it is 0; where only q is, infinite.
 function contribution(log_p, log_q) {
@@ -65,16 +69,16 @@ function candidateRows(d, i, way) {
 function meanOver(now, s) {
   const { d, way, mask } = now;
   let total = 0, n = 0;
-  for (let i = 1; i < d.n; i++) if (mask[i] && isShown(now, i)) { total += d[way][s * d.n + i]; n++; }
+  for (let i = 1; i < d.n; i++) if (mask[i] && isKind(now, i)) { total += d[way][s * d.n + i]; n++; }
   return { mean: n ? total / n : 0, n };
 }
 
 // Sums of KL by role or by part of a turn, in the order of the text; sums and shares are by student.
-function sharesOf(now, by, all) {
+function sharesOf(now, by) {
   const { d, tokens, mask, way } = now;
   const groups = new Map(), total = d.names.map(() => 0);
   for (let i = 1; i < d.n; i++) {
-    if (!all && !mask[i] || !isShown(now, i)) continue;
+    if (!isShown(now, i)) continue;
     const key = by === "role" ? roleAt(tokens, i) : tokens.names[tokens.segments[i]];
     if (!groups.has(key)) groups.set(key, { key, tokens: 0, inMask: 0, sums: d.names.map(() => 0) });
     const group = groups.get(key);
@@ -88,10 +92,10 @@ function sharesOf(now, by, all) {
 function roleAt(tokens, i) { return (tokens.owners[i] >= 0 && tokens.roles[tokens.owners[i]]) || "template"; }
 
 // The tokens with the largest KL, largest first.
-function largestOf(now, all) {
-  const { d, mask, way, student } = now;
+function largestOf(now) {
+  const { d, way, student } = now;
   const value = (i) => d[way][student * d.n + i], found = [];
-  for (let i = 1; i < d.n; i++) if ((all || mask[i]) && isShown(now, i)) found.push(i);
+  for (let i = 1; i < d.n; i++) if (isShown(now, i)) found.push(i);
   return found.sort((a, b) => value(b) - value(a) || a - b).slice(0, LONGEST);
 }
 
@@ -166,23 +170,24 @@ function createDetail() {
 function createShares(choose) {
   let now = null;
   const again = () => update(now), by = choiceOf("share by", [["role", "role"], ["part", "part of a turn"]], again);
-  const over = choiceOf("tokens counted", [["all", "all tokens"], ["mask", "masked targets"]], again);
   const scroll = scrolling("share of KL"), list = node("ol", { class: "kl-list" });
   const unit = node("span", { class: "cb-note" }, "mean: nats per token");
-  const bar = node("div", { class: "cb-bar" }, node("label", {}, "by ", by), node("label", {}, "over ", over), unit);
+  const bar = node("div", { class: "cb-bar" }, node("label", {}, "by ", by), unit);
   const shares = section("shares", "Share of KL", bar, scroll);
   const top = section("top", "Largest KL", list);
 
   function update(given) {
     now = given;
-    const { d, tokens, mask, way, student, only } = now, all = over.value === "all";
+    const { d, tokens, mask, way, student, only } = now;
     const line = (g) => [rowHead(g.key), cell(g.tokens, counted(g.tokens)), cell(g.inMask, counted(g.inMask)), ...d.names.flatMap((_, s) => [
       cell(g.shares[s], `${(100 * g.shares[s]).toFixed(1)} %`, g.shares[s]), cell(g.sums[s] / g.tokens, decimal(g.sums[s] / g.tokens))])];
     const heads = d.names.flatMap((name) => [`${name} share`, "mean"]);
-    scroll.replaceChildren(tableOf([by.value, "tokens", "in mask", ...heads], sharesOf(now, by.value, all).map(line)));
+    scroll.replaceChildren(tableOf([by.value, "tokens", "in mask", ...heads], sharesOf(now, by.value).map(line)));
     shares.head.textContent = only ? `Share of KL: ${only}` : "Share of KL";
     top.head.textContent = `Largest KL of ${d.names[student]}${only ? `: ${only}` : ""}`;
-    list.replaceChildren(...largestOf(now, all).map((i) => {
+    const listed = largestOf(now);
+    if (!listed.length) list.replaceChildren(node("li", { class: "cb-note" }, "None of these tokens is a target: choose all tokens above to see the others."));
+    else list.replaceChildren(...listed.map((i) => {
       const kl = d[way][student * d.n + i], about = node("span", { class: "cb-note" }, roleAt(tokens, i), mask[i] ? ", in mask" : "");
       return node("li", {}, node("button", { type: "button", "data-token": i, onclick: () => choose(i) },
         node("span", { class: "kl-at" }, String(i)), wordAt(tokens, i), about, numeral("span", kl, decimal(kl, 3))));
@@ -291,7 +296,7 @@ function createMap(title, unit, choose) {
 // What the strip sees as its model: tokens and masks of this view, one student's KL as its heat, and the choice of a token, which is everyone's.
 function stripModel(model, heats) {
   let given = model.get("strip");
-  const own = { ...given }, listeners = new Map(), shared = (name) => name.endsWith("selected");
+  const own = { ...given }, listeners = new Map(), shared = (name) => name.endsWith("selected") || name === "comm_live_update";
   const tell = (name) => { for (const act of listeners.get(`change:${name}`) || []) act(); };
   function changed() {      // whether there is another text; if not, the reader's place in it is kept
     if (given === model.get("strip")) return false;
@@ -315,35 +320,85 @@ function stripModel(model, heats) {
   };
 }
 
+// The field, the two filters and the list by which a transcript is chosen.
+function createPicker(model, ask, say) {
+  const rows = () => model.get("choices"), at = () => model.get("chosen");
+  const row = () => rows()[model.get("live") ? at() : 0];
+  const words = ({ id, label, kind, largest }, i) => `${i + 1} · ${label}${kind ? ` · ${kind}` : ""} · ${id}${largest == null ? "" : ` · max ${amount(largest)} nats`}`;
+  let listed = "";      // what the list was made from: thousands of options are not made anew at every click
+  const number = node("input", { type: "number", min: 1, class: "kl-no", "aria-label": "number of the transcript", onchange: typed });
+  const list = choiceOf("transcript", [], (value) => ask(Number(value)));
+  const by = (name) => choiceOf(`${name} of transcripts`, [], () => fillList());
+  const filters = { label: by("label"), kind: by("kind") }, total = node("span", { class: "cb-note" }), alone = node("span");
+  const choose = node("span", { class: "kl-pick" }, node("label", {}, "transcript ", number), total, filters.label, filters.kind, list);
+
+  function typed() {
+    const i = Number(number.value) - 1, n = rows().length;
+    if (number.value.trim() !== "" && Number.isInteger(i) && i >= 0 && i < n) return ask(i);
+    say(number.value.trim() === "" ? `The number was empty, so nothing has changed: give one from 1 to ${counted(n)}.`
+      : `There is no transcript ${number.value}: give a number from 1 to ${counted(n)}.`);
+    number.value = at() + 1;
+  }
+  function fillList() {
+    const fits = rows().map((_, i) => i).filter((i) => Object.entries(filters).every(([name, { value }]) => !value || rows()[i][name] === value));
+    const others = fits.includes(at()) || !rows()[at()] ? [] : [at()];      // the one that is shown is never hidden
+    list.replaceChildren(...[...others, ...fits].map((i) => node("option", { value: i, selected: i === at() }, words(rows()[i], i))));
+    total.textContent = `of ${counted(rows().length)}${fits.length < rows().length ? `, ${counted(fits.length)} listed` : ""}`;
+  }
+  function update() {
+    const many = model.get("live") && rows().length > 1, known = row();
+    choose.hidden = !many;
+    alone.hidden = many || !known;
+    if (!many) return alone.replaceChildren(...(known ? [`transcript ${words(known, at())}`] : []));
+    number.value = at() + 1;
+    number.max = rows().length;
+    const now = rows().map((one) => `${one.id}\n${one.label}\n${one.kind}`).join("\n\n");
+    if (now !== listed) {
+      listed = now;
+      for (const [name, select] of Object.entries(filters)) {
+        const values = [...new Set(rows().map((one) => one[name]))].sort();
+        select.replaceChildren(node("option", { value: "" }, `every ${name}`), ...values.map((value) => node("option", { value }, value || "none")));
+        select.hidden = values.length < 2;
+      }
+      fillList();
+    } else if (list.value !== String(at())) fillList();
+  }
+  const disable = () => { for (const part of [number, list]) part.disabled = true; };
+  return { parts: [choose, alone], update, disable };
+}
+
 // The controls: what only Python can compute is asked for on release, the rest is done here.
 function createControls(model, changed) {
+  let gone = false;      // whether the kernel is
   const send = (name, value) => { model.set(name, value); model.save_changes(); };
-  const ask = (name, value) => { waiting.textContent = "computing …"; send(name, value); };
+  const say = (text) => { waiting.textContent = text; };
+  const ask = (name, value, text) => { send(name, value); changed({}); say(text); };
   const slider = (label, low, high, step, act, release) => node("input", { type: "range", "aria-label": label, min: low, max: high, step,
     oninput: (e) => act(Number(e.target.value)), onchange: (e) => release(Number(e.target.value)) });
   const ways = Object.entries(WAYS).map(([way, { name }]) => [way, `${way}: ${name}`]);
-  const transcript = choiceOf("transcript", [], (value) => ask("chosen", Number(value)));
+  const picker = createPicker(model, (i) => ask("chosen", i, `Computing the KL of transcript ${i + 1} …`), say);
   const student = choiceOf("student", [], (value) => changed({ student: Number(value) }));
   const kind = choiceOf("kind of token", [], (value) => changed({ only: value }));
+  const over = choiceOf("tokens counted", [["mask", "targets of the mask"], ["all", "all tokens"]], (value) => changed({ all: value === "all" }));
   const direction = choiceOf("direction of the KL", ways, (value) => send("direction", value));
   const warmth = node("output"), weight = node("output"), waiting = node("span", { class: "cb-note", role: "status" });
-  const heat = slider("temperature", 0.1, 10, 0.1, (value) => { warmth.textContent = amount(value); }, (value) => ask("temperature", value));
+  const heat = slider("temperature", 0.1, 10, 0.1, (value) => { warmth.textContent = amount(value); },
+    (value) => ask("temperature", value, `Computing at T = ${amount(value)}; until then the numbers are those of T = ${amount(model.get("divergence").temperature)} …`));
   const weigh = (value) => { weight.textContent = amount(value); changed({ beta: value }); };
   const beta = slider("weight beta", 0, 2, 0.01, weigh, (value) => send("beta", value));
-  const labels = { transcript: node("label", {}, "transcript ", transcript), student: node("label", {}, "student ", student),
-    kind: node("label", {}, "tokens ", kind) };
-  const root = node("div", { class: "cb-bar" }, labels.transcript, labels.student, node("label", {}, "KL ", direction), labels.kind,
+  const labels = { student: node("label", {}, "student ", student), kind: node("label", {}, kind) };
+  const root = node("div", { class: "cb-bar" }, ...picker.parts, labels.student, node("label", {}, "KL ", direction), node("label", {}, "of ", over), labels.kind,
     node("label", {}, "T ", heat, warmth), node("label", {}, "β ", beta, weight), waiting);
   const options = (select, texts, at) => select.replaceChildren(...texts.map((text, i) => node("option", { value: i, selected: i === at }, text)));
 
-  function update({ d, way, student: s, beta: b, kinds, only }) {
-    const live = model.get("live"), choices = model.get("choices");
-    options(transcript, choices, model.get("chosen"));
+  function update({ d, way, student: s, beta: b, kinds, only, all }) {
+    const live = model.get("live") && !gone;
+    picker.update();
     options(student, d.names, s);
     kind.replaceChildren(...["", ...kinds.names].map((name) => node("option", { value: name, selected: name === only }, name || "of every kind")));
     labels.kind.hidden = kinds.names.length < 2;
-    labels.transcript.hidden = !live || choices.length < 2;
     labels.student.hidden = d.names.length < 2;
+    over.value = all ? "all" : "mask";
     direction.value = way;
     heat.max = Math.max(10, d.temperature);
     heat.value = d.temperature;
@@ -352,9 +407,14 @@ function createControls(model, changed) {
     beta.value = b;
     warmth.textContent = amount(d.temperature);
     weight.textContent = amount(b);
-    waiting.textContent = live ? "" : "Another temperature needs the kernel.";
+    say(live ? "" : "Another temperature needs the kernel.");
   }
-  return { root, update };
+  function lose() {
+    gone = heat.disabled = true;
+    picker.disable();
+    say("");
+  }
+  return { root, update, lose };
 }
 
 // Creates the explorer in `el` from `model`; returns a function that takes it down.
@@ -364,22 +424,26 @@ function createKL(el, model) {
     el.append(node("div", { class: "cb-strip" }, node("div", { class: "cb-message", role: "alert" }, text)));
     return () => el.replaceChildren();
   }
-  const now = { student: 0, only: "" }, choose = (i) => { model.set("selected", i); model.save_changes(); };
+  const now = { student: 0, only: "", all: false }, choose = (i) => { model.set("selected", i); model.save_changes(); };
   const of = (values, size) => values.subarray(now.student * size, (now.student + 1) * size);      // one student's
-  const strip = stripModel(model, () => [{ name: `${WAYS[now.way].name} of ${now.d.names[now.student]}${now.only ? `, ${now.only}` : ""}`, unit: "nats",
+  const strip = stripModel(model, () => [{ name: `${WAYS[now.way].name} of ${now.d.names[now.student]}${now.only ? `, ${now.only}` : ""}`, unit: "nats", edges: NATS, none: now.all ? "no value" : "not a target",
     values: Float32Array.from(of(now.d[now.way], now.d.n), (x, i) => isShown(now, i) ? x : NaN) }]);
   const controls = createControls(model, (given) => {
     Object.assign(now, given);
     if ("beta" in given) return summarize();
+    if (!Object.keys(given).length) return hide(complain(""));
     strip.tell("heats");
     update();
   });
-  const problem = node("div", { class: "cb-message", role: "alert" }), summary = node("div", { class: "kl-summary" }), place = node("div");
-  const detail = createDetail(), shares = createShares(choose), grid = node("div", { class: "kl-grid" }, detail.root, ...shares.roots);
+  const problem = node("div", { class: "cb-message", role: "alert" }), summary = node("div", { class: "kl-summary" });
+  const note = node("div", { class: "cb-note" }), place = node("div", { class: "kl-strip" });
+  const detail = createDetail(), shares = createShares(choose), grid = node("div", { class: "kl-grid" }, ...shares.roots);
+  const main = node("div", { class: "kl-main" }, place, detail.root);
   const maps = { cosine: createMap("Cosine to the teacher", "1 − cosine", choose), distance: createMap("Distance to the teacher", "L2", choose) };
   const states = section("states", "Hidden states", maps.cosine.root, maps.distance.root);
   const root = node("div", { class: "cb-strip cb-kl", "data-lm-suppress-shortcuts": "true" },
-    problem, controls.root, summary, place, grid, states.root);
+    problem, controls.root, note, summary, main, grid, states.root);
+  let gone = false;      // whether the kernel is
   root.addEventListener("keydown", (event) => event.stopPropagation());      // JupyterLab would take single keys for itself
 
   function read() {
@@ -390,19 +454,27 @@ function createKL(el, model) {
   }
 
   function update() {
-    complain(model.get("problem"));
+    complain(gone ? GONE : model.get("problem"));
+    note.textContent = model.get("note") || "";
     controls.update(now);
+    hide();
     summarize();
     detail.update(now);
     shares.update(now);
     const { d, layers } = now, size = layers.blocks * d.n, cosine = of(layers.cosine, size), distance = of(layers.distance, size);
     const common = { n: d.n, blocks: layers.blocks, text: (i) => now.tokens.texts[now.tokens.ids[i]].replaceAll("\n", "") };
-    states.root.hidden = !size;
     states.head.textContent = `Hidden states of ${d.names[now.student]}`;
     const turned = cosine.map((c) => Math.max(0, 1 - c));
     maps.cosine.update({ ...common, heat: classed(turned), value: (b, i) => `cosine ${amount(cosine[b * d.n + i], 5)}` });
     maps.distance.update({ ...common, heat: classed(distance), value: (b, i) => `L2 ${amount(distance[b * d.n + i], 4)}` });
     chose();
+  }
+
+  // Tokens of another transcript than the one that is chosen are not shown: they would look like its own.
+  function hide() {
+    const other = model.get("live") && model.get("shown") !== model.get("chosen");
+    for (const part of [note, summary, main, grid]) part.hidden = other;
+    states.root.hidden = other || !now.layers.blocks;
   }
 
   function complain(text) {
@@ -444,8 +516,10 @@ function createKL(el, model) {
     }));
     waiting = true;
   };
-  const listeners = { "change:selected": guard(chose) };
-  for (const name of ["answer", "problem", "divergence", "direction", "beta"]) listeners[`change:${name}`] = renew;
+  // neither the list nor another temperature answers any more
+  const lose = () => { gone = true; complain(GONE); controls.lose(); };
+  const listeners = { "change:selected": guard(chose), comm_live_update: guard(lose) };
+  for (const name of ["answer", "problem", "divergence", "direction", "beta", "choices", "shown"]) listeners[`change:${name}`] = renew;
   for (const [name, act] of Object.entries(listeners)) model.on(name, act);
   return () => {
     removeStrip();

@@ -32,10 +32,10 @@ __all__ = ['COUNT_COLUMNS', 'LONG_PAGE', 'BREAKING_PAGE', 'RIVER', 'KNOWN_BAD', 
            'count_frame', 'verdict', 'mask_frame', 'finding_frame', 'chatml_header', 'make_tool', 'make_call',
            'page_task', 'known_bad', 'safe_cell', 'token_frame', 'csv_text', 'shorten', 'cell_text', 'frame_html',
            'record_frame', 'message_frame', 'mask_caption', 'count_tables', 'audit_html', 'explored_html', 'mask_entry',
-           'mask_entries', 'explored_state', 'chosen_masks', 'explored_view', 'skipped_sentence', 'matches', 'Shelf',
-           'read_any_label', 'read_pasted', 'read_entries', 'as_shelf', 'load_masker', 'model_name', 'free_path',
-           'twin_side', 'MaskExplorer', 'show_text', 'whole', 'make_field', 'make_button', 'make_row', 'ExplorerBox',
-           'mask_explorer']
+           'mask_entries', 'explored_state', 'chosen_masks', 'explored_view', 'skipped_sentence', 'message_words',
+           'matches', 'Shelf', 'read_any_label', 'read_pasted', 'read_entries', 'as_shelf', 'load_masker', 'model_name',
+           'free_path', 'twin_side', 'MaskExplorer', 'show_text', 'whole', 'make_field', 'make_button', 'make_row',
+           'ExplorerBox', 'mask_explorer']
 
 # %% ../../nbs/widgets/02_masks.ipynb #488ae3bd
 from ..basics.files import quoted_cell, write_bytes
@@ -662,13 +662,25 @@ def skipped_sentence(reader: TranscriptReader) -> str:
     records, are = ("record", "is") if n == 1 else ("records", "are")
     return f"{n:,} {records} up to here cannot be read and {are} left out; the first: {first}"
 
+# %% ../../nbs/widgets/02_masks.ipynb #st5fnd04
+def message_words(message: Mapping[str, Any]) -> str:
+    "Return the words of a `message` as a reader sees them: reasoning, content, names and arguments of calls."
+    words = [str(message.get(name) or "") for name in ("reasoning_content", "content")]
+    for call in message.get("tool_calls") or []:
+        function = call.get("function") or call
+        given = function.get("arguments")
+        text = given if isinstance(given, str) else json.dumps(given, ensure_ascii=False, default=str)
+        words.append(f'{{"name": "{function.get("name")}", "arguments": {text}}}')
+    return "\n".join(filter(None, words))
+
 # %% ../../nbs/widgets/02_masks.ipynb #st5fnd02
 def matches(transcript: Transcript, label: str = "", kind: str = "", text: str = "") -> bool:
     """Return whether a transcript has the `label`, has `kind` in its id, its source or its kind
-    (`meta["kind"]`), and says `text` in its messages or calls. Capitals do not matter, "" asks for
+    (`meta["kind"]`), and says `text` in its messages or calls
+    (`message_words`). Capitals do not matter, "" asks for
     nothing."""
     names = (transcript.id, transcript.source, transcript.meta.get("kind") or "")
-    said = (f"{m.get('content') or ''} {m.get('tool_calls') or ''}" for m in transcript.messages)
+    said = map(message_words, transcript.messages)
     return (
         label in ("", transcript.label)
         and any(kind.lower() in str(name).lower() for name in names)

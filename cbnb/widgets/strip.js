@@ -65,7 +65,7 @@ function readMasks(model) {
     codes: array(Uint32Array, m.codes), sentences: m.sentences || [] }));
 }
 
-// Values in ten classes by their logarithm, over at most five decades below the largest.
+// Values in ten classes: by `edges`, nine rising values that classes begin at, or by logarithm over at most five decades below the largest.
 function readHeats(model) {
   return (model.get("heats") || []).map((h) => {
     const values = array(Float32Array, h.values);
@@ -73,8 +73,9 @@ function readHeats(model) {
     for (const v of values) if (v > 0 && v < Infinity) { low = Math.min(low, v); high = Math.max(high, v); }
     low = high > 0 ? Math.max(low, high / 1e5) : 1;
     const span = Math.log(high / low) || 1;
-    const level = (v) => Number.isNaN(v) ? -1 : v <= low ? 0 : v >= high ? 9 : Math.min(9, Math.floor(10 * Math.log(v / low) / span));
-    return { name: h.name, unit: h.unit || "", values, low, high, levels: Int8Array.from(values, level) };
+    const relative = (v) => v <= low ? 0 : v >= high ? 9 : Math.min(9, Math.floor(10 * Math.log(v / low) / span));
+    const level = (v) => Number.isNaN(v) ? -1 : h.edges ? h.edges.filter((edge) => v >= edge).length : relative(v);
+    return { name: h.name, unit: h.unit || "", edges: h.edges, none: h.none || "no value", values, low, high, levels: Int8Array.from(values, level) };
   });
 }
 
@@ -382,9 +383,13 @@ function createStrip(el, model) {
     }
     for (const m of c.view === "mask" ? [c.a] : c.view === "difference" ? [c.a, c.b] : []) if (m?.note) parts.push(node("span", {}, `${m.name}: ${m.note}`));
     if (c.view === "heat" && c.heat) {
-      if (c.heat.high > 0) {
+      const absent = c.heat.levels.includes(-1) ? [sample("na", c.heat.none)] : [];
+      if (c.heat.edges) {      // the same colours for the same values everywhere, all of them explained
+        const from = [`< ${c.heat.edges[0]}`, ...c.heat.edges.map((edge) => `≥ ${edge}`)];
+        parts.push(node("span", {}, `${c.heat.name}, in ${c.heat.unit}:`), node("span", { class: "cb-scale" }, ...from.map((words, k) => sample(`heat h${k}`, words, String(k)))), ...absent);
+      } else if (c.heat.high > 0) {
         parts.push(node("span", {}, `${c.heat.name}, ${c.heat.unit}, by logarithm:`), sample("heat h0", `≤ ${figure(c.heat.low)}`, "0"), sample("heat h4", "", "4"),
-          sample("heat h9", figure(c.heat.high), "9"), sample("na", "no value"));
+          sample("heat h9", figure(c.heat.high), "9"), ...absent);
       } else parts.push(node("span", {}, `${c.heat.name}, ${c.heat.unit}: no value above 0`));
     }
     const count = n(isInjected);
@@ -501,6 +506,10 @@ function createStrip(el, model) {
 
   view.addEventListener("keydown", (event) => {
     event.stopPropagation();      // JupyterLab would take a, b, m, dd for itself
+    if ((event.ctrlKey || event.metaKey) && event.key.toLowerCase() === "a") {      // all of the strip, not of the page
+      getSelection().selectAllChildren(view);
+      event.preventDefault();
+    }
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     const back = event.shiftKey ? -1 : 1;
     const act = {
