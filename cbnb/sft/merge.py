@@ -79,16 +79,16 @@ def write_merge(adapter: Adapter, base: str, trust_remote_code: bool, folder: Pa
     samples, _ = encode_stream(make_transcripts("general", 8), masker, "assistant_only")
     adapters: Any = {"adapter": adapter.folder}
 
-    def load_student():
+    def on_base():
         plain = load_model(base, "float32", "cpu", trust_remote_code)
         return load_students(plain, adapters, None, trust_remote_code)
 
-    merged: Any = load_student().merge_and_unload(safe_merge=True)
+    merged: Any = on_base().merge_and_unload(safe_merge=True)
     merged = in_own_dtype(merged, base, trust_remote_code, "the adapter cannot be merged")
     save_agent(merged, masker, base, trust_remote_code, folder)
     dtype: Any = read_config(str(folder), trust_remote_code).dtype or torch.float32
     model = load_model(str(folder), str(dtype).removeprefix("torch."), "cpu", trust_remote_code)
-    kl = merge_kl(load_student(), model, samples, masker.tokenizer.pad_token_id, dtype)
+    kl = merge_kl(on_base(), model, samples, masker.tokenizer.pad_token_id, dtype)
     record = merge_record(adapter, base, kl)
     write_json(folder / "agent.json", record)
     write_owned(folder / "README.md", merge_card(record).encode())
