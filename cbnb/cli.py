@@ -1161,6 +1161,7 @@ NOT_PLANNED = {*RUN_ONLY, "seed"} - {"preset", "teacher", "trust_remote_code", "
 # %% ../nbs/cli.ipynb #e2a54a59
 def run_plan(args: argparse.Namespace) -> int:
     """Carry out `cbnb plan`."""
+    say("planning a step from the model's configuration (seconds to a minute) …")
     from cbnb.run.settings import check_processes, run_settings
     from cbnb.sweep.spec import complete
 

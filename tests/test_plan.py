@@ -89,5 +89,6 @@ def test_a_plan_says_which_flags_it_does_not_look_at(tmp_path):
     assert said.returncode == 0 and "chat_template, seed changes nothing in a plan" in said.stdout, (
         said.stdout
     )
+    assert said.stdout.startswith("planning a step"), "what it does stands before what takes its time"
     said = command("plan", "--batch-size", 1, "--max-length", 16, "--on-error", "skip", runs=tmp_path)
     assert said.returncode == 0 and "on_error changes nothing in a plan" in said.stdout, said.stdout

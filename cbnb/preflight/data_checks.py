@@ -658,8 +658,9 @@ HELDOUT_KL = Criterion(
     "held-out KL after the probe",
     "at most",
     good="held-out KL {domain} after {steps} steps: {measured:.2g} nats per token, "
-    "top-1 agreement {top1:.3f}",
-    bad="held-out KL {domain} after {steps} steps: {measured:.2g} nats per token, top-1 agreement {top1:.3f}",
+    "top-1 agreement {top1:.3f}{where}",
+    bad="held-out KL {domain} after {steps} steps: {measured:.2g} nats per token, "
+    "top-1 agreement {top1:.3f}{where}",
     advice="above collapse_kl {limit:g} within a few steps; lower learning_rate",
     otherwise="warn",
     unit="nats per token",
@@ -667,11 +668,13 @@ HELDOUT_KL = Criterion(
 
 
 def divergence_findings(divergence: dict, config: CircuitBreakerConfig, steps: int) -> list[Finding]:
-    'Return a finding for each domain of `divergence`, `{domain: {"kl", "top1"}}`, after `steps` steps.'
+    """Return a finding for each domain of `divergence`, `{domain: {"kl", "top1", "transcripts"}}`, after
+    `steps` steps."""
     findings = []
     for domain, f in divergence.items():
         verdict = "fail" if config.beta_kl and domain == "in_domain" else "warn"
         words = {"domain": domain.replace("_", " "), "steps": steps, "top1": f["top1"]}
+        words["where"] = f" ({f['transcripts']} transcripts)"
         findings.append(HELDOUT_KL.judge(f["kl"], config.collapse_kl, otherwise=verdict, **words))
     return findings
 
@@ -685,9 +688,10 @@ def check_coverage(
     more: Iterable[Finding] = (),
 ) -> tuple[list[Finding], dict, list]:
     """Check whether the benign set covers what must be kept. `benign`, `heldout`: transcripts that are
-    trained on and held out; `divergence`: `{domain: {"kl", "top1"}}` of the held-out benign ones after a
-    probe of `steps` steps; `more`: findings that were made elsewhere (`heldout_findings`). Fails where a kind
-    is held out in the benign domain and not trained, or where the probe alone has torn it."""
+    trained on and held out; `divergence`: what
+    `cbnb.preflight.run_checks.heldout_divergence` returns after a probe of `steps` steps; `more`: findings
+    that were made elsewhere (`heldout_findings`). Fails where a kind is held out in the benign domain and not
+    trained, or where the probe alone has torn it."""
     kinds, domains = Counter(kind_of(t) for t in benign), benign_by_domain(list(heldout))
     held_out = {d: Counter(map(kind_of, domains.get(d, ()))) for d in ("in_domain", "off_domain")}
     findings = kind_findings(kinds, held_out, more) + divergence_findings(divergence, config, steps)

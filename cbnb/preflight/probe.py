@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -25,15 +25,15 @@ from ..data.streams import PairedStreams, Sample, Twin, collate
 from ..step.objectives import depth, descent, find_objective
 from ..train.alarms import LEAST, LIFTED, forces
 from ..train.floor import on_device, restore_weights, rounding_floor
-from ..train.trainer import NonFiniteLossError, breaker_trainer
+from ..train.trainer import BreakerArguments, NonFiniteLossError, breaker_trainer
 
 # %% auto #0
-__all__ = ['EVERY', 'FIRST', 'WINS', 'LOSES', 'IN_REACH', 'Outlook', 'growth', 'steps_left', 'force_of', 'outlook', 'settle',
+__all__ = ['FIRST', 'EVERY', 'WINS', 'LOSES', 'IN_REACH', 'Outlook', 'growth', 'steps_left', 'force_of', 'outlook', 'settle',
            'Probe', 'Watch', 'probe_config', 'peak_memory', 'probe_training', 'probe_only']
 
 # %% ../../nbs/preflight/01_probe.ipynb #d3cf289c
-EVERY = 2  # steps between two gradient diagnoses in a probe
 FIRST = 10  # no verdict before this step: the first ones are rounding noise that AdamW makes large
+EVERY = 2  # steps between two gradient diagnoses in a probe, from `FIRST` on
 WINS, LOSES, IN_REACH = 0.5, 0.02, 0.08  # force of reroute over that of retain and KL together
 
 
@@ -154,7 +154,11 @@ class Watch(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        "Note the time."
+        "Note the time, and leave the gradients by term out where no verdict reads them."
+        first = FIRST if min(self.steps, self.config.total_steps) >= FIRST else 1
+        own = cast(BreakerArguments, args)
+        every = EVERY if state.global_step + 1 >= first else 0
+        own.circuit_breaker_config = replace(own.circuit_breaker_config, diagnose_steps=every)
         self.began, self.diagnosed = time.monotonic(), self.trainer.diagnosis_seconds
 
     def on_step_end(

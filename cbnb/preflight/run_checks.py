@@ -20,8 +20,8 @@ import pandas as pd
 import torch
 
 # %% auto #0
-__all__ = ['BETA', 'TEMPERATURE', 'WARM_UP', 'KL_IS_LARGEST', 'TORN', 'ALIVE', 'NOT_JUDGED', 'PROPOSAL', 'MEMORY', 'DISK',
-           'TEACHER_CACHE', 'factor_words', 'settings_findings', 'schedule_rows', 'gradient_frame',
+__all__ = ['BETA', 'TEMPERATURE', 'WARM_UP', 'KL_IS_LARGEST', 'TORN', 'ALIVE', 'NOT_JUDGED', 'PROPOSAL', 'FEW', 'FAR', 'MEMORY',
+           'DISK', 'TEACHER_CACHE', 'factor_words', 'settings_findings', 'schedule_rows', 'gradient_frame',
            'probe_gradient_findings', 'check_weights', 'round_down', 'proposals', 'torn_finding', 'force_finding',
            'proposal_findings', 'check_alive', 'heldout_divergence', 'probe_run', 'judge_size', 'device_memory',
            'run_memory', 'cache_findings', 'row_lengths', 'check_means']
@@ -333,6 +333,9 @@ def check_alive(
     trial, figures["proposal"] = proposal_findings(config, outlook, again)
     return [finding, *trial], figures, ()
 
+# %% ../../nbs/preflight/04_run_checks.ipynb #hdfew001
+FEW, FAR = 8, 4.0  # held-out transcripts that are read first, and how far below the limit their KL is clear
+
 # %% ../../nbs/preflight/04_run_checks.ipynb #a49f686a
 def heldout_divergence(
     student: PeftModel,
@@ -342,16 +345,23 @@ def heldout_divergence(
     teacher: nn.Module | None = None,
     at_most: int = 32,
 ) -> dict:
-    """Return `{domain: {"kl", "top1"}}` of up to `at_most` held-out benign transcripts of each domain, for
-    the student as it is now: the KL in nats per token, and the share of targets where teacher and student
-    agree. A domain without targets is left out."""
-    by_domain = {
-        d: ts[:: max(1, len(ts) // at_most)][:at_most] for d, ts in benign_by_domain(list(heldout)).items()
-    }
-    return {
-        d: benign_divergence(student, masker, ts, config, teacher, config.batch_size)
-        for d, ts in by_domain.items()
-    }
+    """Return `{domain: {"kl", "top1", "transcripts"}}` of held-out benign transcripts of each domain, for the
+    student as it is now: the KL in nats per token, the share of targets where teacher and student agree, and
+    how many transcripts were read. These are `FEW` where their KL is below `collapse_kl` by the factor `FAR`,
+    else up to `at_most`. A domain without targets is left out."""
+
+    def of(transcripts: list[Transcript], most: int) -> dict:
+        some = transcripts[:: max(1, len(transcripts) // most)][:most]
+        figures = benign_divergence(student, masker, some, config, teacher, config.batch_size)
+        return figures | {"transcripts": len(some)}
+
+    result = {}
+    for domain, transcripts in benign_by_domain(list(heldout)).items():
+        result[domain] = of(transcripts, min(FEW, at_most))
+        is_far = result[domain]["kl"] * FAR <= config.collapse_kl
+        if not is_far and result[domain]["transcripts"] < min(len(transcripts), at_most):
+            result[domain] = of(transcripts, at_most)
+    return result
 
 # %% ../../nbs/preflight/04_run_checks.ipynb #7d0391c3
 def probe_run(
