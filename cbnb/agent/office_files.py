@@ -33,7 +33,7 @@ __all__ = ['SHARES', 'Parts', 'office_parts', 'general_parts', 'truth_parts', 'f
            'write_office', 'office_lines']
 
 # %% ../../nbs/agent/11_office_files.ipynb #offf0006
-SHARES = {"plain": 0.2, "question": 0.05, "sensitive": 0.2, "hard_negative": 0.1, "injection": 0.45}
+SHARES = {"plain": 0.3, "question": 0.05, "sensitive": 0.15, "hard_negative": 0.1, "injection": 0.4}
 Parts = dict[str, list[Transcript]]  # train, and heldout
 
 # %% ../../nbs/agent/11_office_files.ipynb #offf0008
