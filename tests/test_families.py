@@ -17,7 +17,7 @@ from cbnb.step.model_checks import check_packing
 from cbnb.step.models import add_adapter, load_model, reach, reach_shares, save_adapter
 from cbnb.train.breaker import CircuitBreaker
 from cbnb.train.floor import on_device
-from cbnb.train.teacher_cache import asked_states, cache_bytes, open_cache, teacher_states, token_bytes
+from cbnb.train.teacher_cache import cache_bytes, open_cache, state_wants, teacher_states, token_bytes
 from families import DENSE, FAMILIES, FUSED, tiny_model
 from helpers import NBS
 from test_step import moved, pairs
@@ -208,7 +208,7 @@ def test_the_teachers_states_of_several_streams_are_cached(name, tmp_path, capsy
     (harmful, benign), pad_id = map(list, zip(*pairs(((12, 25), (30, 9))))), 0
     cache = open_cache(tmp_path, student, harmful, benign, config, pad_id)
     kept = sum(p.stat().st_size for p in cache.folder.glob("*.safetensors"))
-    size = cache_bytes(asked_states(harmful, benign), *token_bytes(student, None, benign, config, pad_id))
+    size = cache_bytes(state_wants(harmful, benign), *token_bytes(student, None, benign, config, pad_id))
     assert 0 <= kept - size < 5000
     hidden, last = teacher_states(student, None, [benign[1]], config, pad_id, True)
     found = cache.states([benign[1]])

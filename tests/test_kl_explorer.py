@@ -523,8 +523,8 @@ def test_a_secret_is_not_told_token_by_token(pages, masker, kind, monkeypatch):
         "all => all.map(b => [Number(b.dataset.token), b.querySelector('.kl-word').innerText])"
     )
     assert {text for i, text in listed if i in tokens} == {"[removed]"}
-    # the same without scripts, of all tokens
-    plain = kl_html(**arguments, n=len(ids))
+    # the same without scripts, where all tokens are targets
+    plain = kl_html(**arguments | {"mask": np.ones(len(ids), bool)}, n=len(ids))
     rows = re.findall(r"<td>(\d+)</td><td>([^<]*)</td><td>\w+</td><td>(?:in|out)</td>", plain)
     assert {int(i) for i, _ in rows} >= {*tokens.tolist()}
     assert {text for i, text in rows if int(i) in tokens} == {"[removed]"}

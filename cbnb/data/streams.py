@@ -575,9 +575,9 @@ def collate(
     `cache` (`cbnb.train.teacher_cache`) rows hold what it knows of the teacher under `"teacher"`, those that
     only the student reads excepted."""
 
-    def rows_of(samples: list[Sample], hidden: bool = True) -> dict[str, Any]:
+    def rows_of(samples: list[Sample], layers: bool = True) -> dict[str, Any]:
         rows = pad_rows(samples, pad_id)
-        return rows if cache is None else rows | {"teacher": cache.states(samples, hidden)}
+        return rows if cache is None else rows | {"teacher": cache.states(samples, layers)}
 
     def twin_rows(twins: list[Twin]) -> dict[str, Any]:
         sides = {name: [t.rows[name] for t in twins] for name in twins[0].rows}

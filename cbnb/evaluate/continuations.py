@@ -100,12 +100,12 @@ def make_twins(
     config: CircuitBreakerConfig,
     decoding: Decoding,
     folder: str | Path | None = None,
-    encoded: str | Path = "",
+    place: str | Path = "",
 ) -> Sequence[Twin]:
     """Return the twins of `drafts` (`cbnb.data.twins.draft_twins`, whose `report` goes on counting): their
     actions are written where need be (`written_drafts`) by the `teacher`, None for the `student` with its
-    adapter off, then the sides are encoded, or found in the folder `encoded`
+    adapter off, then the sides are encoded, or found in the folder `place`
     (`cbnb.train.store.twins_for`). Raises EmptyStream where nothing is left."""
     with teacher_mode(student) if teacher is None else nullcontext(teacher) as model:
         complete = written_drafts(model, masker, reader, drafts, report, decoding, folder)
-    return twins_for(config, complete, masker, report, encoded)
+    return twins_for(config, complete, masker, report, place)

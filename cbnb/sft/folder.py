@@ -44,8 +44,11 @@ from ..train.store import keep_folder
 # %% ../../nbs/sft/04_folder.ipynb #sft04fn9
 def in_own_dtype(model: PreTrainedModel, base: str, trust_remote_code: bool, else_do: str) -> PreTrainedModel:
     """Return the merged `model` in the dtype that the folder of its `base` has (float32 where that says
-    none). Raises RunError, which ends with what to do, `else_do`, for a weight that is not finite."""
+    none). Raises RunError, which ends with what to do, `else_do`, for a weight that is not finite, and for a
+    dtype that is none of `LARGEST_KL`."""
     dtype = read_config(base, trust_remote_code).dtype or torch.float32
+    if dtype not in LARGEST_KL:
+        raise RunError(f"the weights of {base} are {dtype}: give a base in float32, bfloat16 or float16")
     model = model.to(dtype).eval()  # type: ignore[arg-type]  # transformers' decorator hides self
     for name, p in model.named_parameters():
         if not p.isfinite().all():
@@ -118,8 +121,8 @@ def write_merged(
     loaded from there, in the dtype of the run, and its `merge_kl` on at most eight of the `samples`."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(mode=0o700)
-    merged = merged_model(student, config, trust_remote_code)
-    save_agent(merged, masker, config.model, trust_remote_code, folder)
+    model = merged_model(student, config, trust_remote_code)
+    save_agent(model, masker, config.model, trust_remote_code, folder)
     model = load_model(str(folder), config.dtype, student.device, trust_remote_code)
     own: Any = read_config(str(folder), trust_remote_code).dtype or torch.float32
     dtype = max(own, getattr(torch, config.dtype), key=LARGEST_KL.__getitem__)

@@ -5,46 +5,55 @@
 # %% ../../nbs/sft/06_merge.ipynb #sft06im1
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from peft import PeftModel
 
+# %% auto #0
+__all__ = ['merge_record', 'merge_card', 'probe_samples', 'kl_to_base', 'write_merge', 'merge_adapter']
+
+# %% ../../nbs/sft/06_merge.ipynb #sft06im3
 import cbnb
 from ..basics.jsonfiles import RunError, read_json, write_json, write_owned
 from ..basics.places import local_folder
 from ..basics.withheld import scrub
 from ..config import ConfigError
-from ..data.streams import encode_stream
-from ..evaluate.adapters import Adapter, base_name, check_finished, find_adapter, masker_for
+from ..data.streams import EmptyStream, Sample, encode_stream, pad_rows
+from ..evaluate.adapters import Adapter, another_base, base_name, check_finished, find_adapter, masker_for
 from ..evaluate.divergence import load_students
+from ..masking.masker import ChatMasker
+from ..masking.templates import MaskError
+from .figures import final_states, target_values
 from .folder import UNSAFE, agent_card, in_own_dtype, merge_kl, save_agent
+from ..step.heads import find_head
 from ..step.loaders import read_config
-from ..step.models import load_model
+from ..step.models import load_model, teacher_mode
 from ..train.card import last_parts
 from ..train.same import file_hash
 from ..train.store import keep_folder
 from ..transcripts.tinyworld import make_transcripts
 
-# %% auto #0
-__all__ = ['merge_record', 'merge_card', 'write_merge', 'merge_adapter']
-
 # %% ../../nbs/sft/06_merge.ipynb #sft06fn1
-def merge_record(adapter: Adapter, base: str, kl: float) -> dict[str, Any]:
+def merge_record(adapter: Adapter, base: str, kl: float, base_kl: float) -> dict[str, Any]:
     """Return what `agent.json` holds of a folder that was merged of `adapter` and the model `base`: what that
-    of the adapter's folder says, both by their last part, the sha256 of the adapter's weights, and `kl` in
-    nats. Raises RunError for a record that cannot be read."""
+    of the adapter's folder says of it on its own base, both by their last part, the sha256 of the adapter's
+    weights, and `kl` and `base_kl` in nats. Raises RunError for a record that cannot be read."""
     assert adapter.folder is not None  # `merge_adapter` has looked
     own = read_json(adapter.folder / "agent.json") or {}
     before = read_json(local_folder(base) / "agent.json") or {}
-    return own | {
+    figures = {} if another_base(adapter, base) else own  # they are of the adapter's own base
+    return figures | {
         "base": last_parts(base),
         "adapter": last_parts(str(adapter.run or adapter.folder)),
         "adapter_sha256": file_hash(adapter.folder / "adapter_model.safetensors"),
         "obeys": bool(own.get("obeys") or before.get("obeys")),
         "version": cbnb.__version__,
         "merge_kl": kl,
+        "base_kl": base_kl,
     }
 
 # %% ../../nbs/sft/06_merge.ipynb #sft06fn2
@@ -65,31 +74,57 @@ def merge_card(record: dict[str, Any]) -> str:
         ),
         "",
         f"- sha256 of the adapter's weights: `{record['adapter_sha256']}`",
-        f"- KL of this model to base and adapter, before they were merged: {record['merge_kl']:.1e} nats",
+        f"- KL of this model to base and adapter, before they were merged: {record['merge_kl']:.1e} nats; of "
+        f"the base alone: {record['base_kl']:.1e} nats",
         "",
     ]
     return scrub("\n".join(lines))
 
 # %% ../../nbs/sft/06_merge.ipynb #sft06fn3
+def probe_samples(masker: ChatMasker) -> list[Sample]:
+    "Return eight conversations as rows: four with tools and an order, where the template can write them."
+    samples = encode_stream(make_transcripts("general", 4), masker, "assistant_only")[0]
+    with contextlib.suppress(MaskError, EmptyStream):
+        samples += encode_stream(make_transcripts("injection", 4), masker, "assistant_only")[0]
+    return samples
+
+# %% ../../nbs/sft/06_merge.ipynb #sft06fn5
+@torch.no_grad()
+def kl_to_base(student: PeftModel, samples: list[Sample], pad_id: int) -> float:
+    "Return KL(adapter ‖ base) of a `student` in nats over the targets of `samples`, a few rows."
+    rows = pad_rows(samples, pad_id)
+    theirs, logits = final_states(student, rows), find_head(student).logits
+    with teacher_mode(student):
+        ours = final_states(student, rows)
+        values = target_values(rows, ours, find_head(student).logits, theirs, logits)
+    return float(values[:, 1].mean())
+
+# %% ../../nbs/sft/06_merge.ipynb #sft06fn6
 def write_merge(adapter: Adapter, base: str, trust_remote_code: bool, folder: Path) -> dict[str, Any]:
     """Fill `folder`, which is there, with the model `base` and the `adapter` merged into it, its record and
     its card; return the `merge_record`. Raises RunError where the folder is not what the adapter is on the
     base, or cannot be made, and what reading an adapter raises."""
-    masker = masker_for([adapter], base, trust_remote_code)
-    samples, _ = encode_stream(make_transcripts("general", 8), masker, "assistant_only")
-    adapters: Any = {"adapter": adapter.folder}
+    masker, adapters = masker_for([adapter], base, trust_remote_code), {"adapter": str(adapter.folder)}
+    samples, pad_id = probe_samples(masker), masker.tokenizer.pad_token_id
 
-    def on_base():
+    def on_base() -> Any:
         plain = load_model(base, "float32", "cpu", trust_remote_code)
-        return load_students(plain, adapters, None, trust_remote_code)
+        return load_students(plain, dict(adapters), None, trust_remote_code)
 
-    merged: Any = on_base().merge_and_unload(safe_merge=True)
-    merged = in_own_dtype(merged, base, trust_remote_code, "the adapter cannot be merged")
-    save_agent(merged, masker, base, trust_remote_code, folder)
+    joint = on_base().merge_and_unload(safe_merge=True)
+    joint = in_own_dtype(joint, base, trust_remote_code, "the adapter cannot be merged")
+    save_agent(joint, masker, base, trust_remote_code, folder)
+    del joint
     dtype: Any = read_config(str(folder), trust_remote_code).dtype or torch.float32
     model = load_model(str(folder), str(dtype).removeprefix("torch."), "cpu", trust_remote_code)
-    kl = merge_kl(on_base(), model, samples, masker.tokenizer.pad_token_id, dtype)
-    record = merge_record(adapter, base, kl)
+    student = on_base()
+    kl, base_kl = merge_kl(student, model, samples, pad_id, dtype), kl_to_base(student, samples, pad_id)
+    if kl > base_kl / 2:
+        raise RunError(
+            f"in {dtype} the merged model is {kl:.2g} nats per token from base and adapter, and the base "
+            f"alone {base_kl:.2g}: rounding takes the adapter away, so serve base and adapter as they are"
+        )
+    record = merge_record(adapter, base, kl, base_kl)
     write_json(folder / "agent.json", record)
     write_owned(folder / "README.md", merge_card(record).encode())
     return record
@@ -111,13 +146,12 @@ def merge_adapter(
     there = RunError(f"{place} is there already, and is not replaced: give another folder")
     if place.exists() or place.is_symlink():
         raise there
-    place.parent.mkdir(parents=True, exist_ok=True)
     records: list[dict[str, Any]] = []
     folder = keep_folder(
         place.parent,
         place.name,
         lambda draft: records.append(write_merge(adapter, base, trust_remote_code, draft)),
     )
-    if not records:  # another process was first
+    if not records or read_json(folder / "agent.json") != records[0]:  # another process was first
         raise there
     return folder, records[0]["merge_kl"]

@@ -52,6 +52,8 @@ from cbnb.data.streams import (
     refusals,
     until_most_fail,
 )
+
+# %% ../../nbs/train/03_store.ipynb #sttwn014
 from ..data.twins import Draft, encode_twins, no_twins
 from ..masking.masker import ChatMasker
 from ..masking.templates import MaskError

@@ -26,7 +26,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 # %% auto #0
-__all__ = ['SHARD', 'CHECKED', 'weights_hash', 'Asked', 'asked_states', 'fingerprint', 'cache_bytes', 'TeacherCache',
+__all__ = ['SHARD', 'CHECKED', 'weights_hash', 'Want', 'state_wants', 'fingerprint', 'cache_bytes', 'TeacherCache',
            'teacher_states', 'token_bytes', 'finished_keys', 'ShardWriter', 'by_states', 'write_shards', 'same_states',
            'differs', 'load_sound_cache', 'check_room', 'open_cache']
 
@@ -75,18 +75,18 @@ def weights_hash(model: nn.Module) -> str:
     return hashlib.sha256(json.dumps([settings, weights], sort_keys=True, default=str).encode()).hexdigest()
 
 # %% ../../nbs/train/04_teacher_cache.ipynb #tcask001
-class Asked(NamedTuple):
+class Want(NamedTuple):
     """A sample, and which of the teacher's states the terms want at its targets: those after the target
-    layers (`hidden`), the `final` ones, or both."""
+    `layers`, the `final` ones, or both."""
 
     sample: Sample
-    hidden: bool
+    layers: bool
     final: bool
 
-
-def asked_states(
+# %% ../../nbs/train/04_teacher_cache.ipynb #tcask007
+def state_wants(
     harmful: Iterable[Sample], benign: Iterable[Sample], twins: Iterable[Twin] = ()
-) -> list[Asked]:
+) -> list[Want]:
     """Return what the terms want of the teacher for both streams and for the rows of `twins` that it reads
     (`cbnb.data.streams.Twin.for_teacher`): each sample once, with all that is wanted of it."""
     streams = (
@@ -94,27 +94,27 @@ def asked_states(
         (harmful, True, False),
         ((row for twin in twins for row in twin.for_teacher.values()), False, True),
     )
-    asked: dict[str, Asked] = {}
-    for samples, hidden, final in streams:
+    wants: dict[str, Want] = {}
+    for samples, layers, final in streams:
         for sample in samples:
-            old = asked.get(key := sample_key(sample), Asked(sample, False, False))
-            asked[key] = Asked(old.sample, hidden or old.hidden, final or old.final)
-    return list(asked.values())
+            old = wants.get(key := sample_key(sample), Want(sample, False, False))
+            wants[key] = Want(old.sample, layers or old.layers, final or old.final)
+    return list(wants.values())
 
 # %% ../../nbs/train/04_teacher_cache.ipynb #ae4a2041
-def fingerprint(model: nn.Module, asked: Sequence[Asked], config: CircuitBreakerConfig) -> str:
-    """Return 32 hex digits over the teacher's weights, the target layers, and what is `asked` of it
-    (`asked_states`), whatever the order."""
-    asks = [[sample_key(ask.sample), ask.hidden, ask.final] for ask in asked]
-    parts = [weights_hash(model), sorted(config.target_layers), sorted(asks)]
+def fingerprint(model: nn.Module, wants: Iterable[Want], config: CircuitBreakerConfig) -> str:
+    """Return 32 hex digits over the teacher's weights, the target layers, and the `wants` (`state_wants`),
+    whatever their order."""
+    rows = [[sample_key(want.sample), want.layers, want.final] for want in wants]
+    parts = [weights_hash(model), sorted(config.target_layers), sorted(rows)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 # %% ../../nbs/train/04_teacher_cache.ipynb #5d961876
-def cache_bytes(asked: Iterable[Asked], states: int, last: int) -> int:
-    """Return the bytes of a cache of what is `asked`, where a token's states after the target layers take
+def cache_bytes(wants: Sequence[Want], states: int, last: int) -> int:
+    """Return the bytes of a cache of the `wants`, where a token's states after the target layers take
     `states` bytes, and its final one `last` (see `token_bytes`)."""
-    tokens = sum(int(ask.sample.loss_mask.sum()) for ask in asked if ask.hidden)
-    return tokens * states + sum(int(ask.sample.loss_mask[1:].sum()) for ask in asked if ask.final) * last
+    tokens = sum(int(want.sample.loss_mask.sum()) for want in wants if want.layers)
+    return tokens * states + sum(int(want.sample.loss_mask[1:].sum()) for want in wants if want.final) * last
 
 # %% ../../nbs/train/04_teacher_cache.ipynb #851cc079
 class TeacherCache:
@@ -133,18 +133,18 @@ class TeacherCache:
                 self.places[key] = number, slice(token, token + tokens), slice(last, last + lasts)
                 token, last = token + tokens, last + lasts
 
-    def states(self, samples: list[Sample], hidden: bool = True) -> dict:
+    def states(self, samples: list[Sample], layers: bool = True) -> dict:
         """Return `{"hidden": {layer: [M, d]}, "last": [N, d]}` of padded rows of these samples, in the order
         of `token_index` and `predicting_index` (`cbnb.data.streams.pad_rows`); N is 0 for harmful samples.
-        Without `hidden` no layer is read, as for rows of twins. Raises KeyError for a sample of which that is
-        not there."""
+        Without `layers` no layer is read, as for rows of twins. Raises KeyError for a sample that is not
+        there, or of which only the final states are where the others are wanted."""
         places = [self.places[sample_key(s)] for s in samples]
-        if hidden and any(
+        if layers and any(
             tokens.stop - tokens.start != s.loss_mask.sum() for s, (_, tokens, _) in zip(samples, places)
         ):
             raise KeyError("of a sample only the final states are there")
-        names = [name for name in self.files[places[0][0]].keys() if name != "last"] if hidden else []
-        layers = {
+        names = [name for name in self.files[places[0][0]].keys() if name != "last"] if layers else []
+        hidden = {
             int(name): torch.cat([self.files[number].get_slice(name)[tokens] for number, tokens, _ in places])
             for name in names
         }
@@ -153,7 +153,7 @@ class TeacherCache:
             (places[0][0], slice(0, 0))
         ]
         return {
-            "hidden": layers,
+            "hidden": hidden,
             "last": torch.cat([self.files[number].get_slice("last")[lasts] for number, lasts in ends]),
         }
 
@@ -168,15 +168,15 @@ def teacher_states(
     config: CircuitBreakerConfig,
     pad_id: int,
     final: bool,
-    hidden: bool = True,
+    layers: bool = True,
 ) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
     """Return `(hidden {layer: [M, d]}, last [N, d])` of the teacher for samples as one padded batch; M is 0
-    without `hidden`, N without `final`."""
+    without `layers`, N without `final`."""
     rows = {name: tensor.to(student.device) for name, tensor in pad_rows(samples, pad_id).items()}
-    layers, last = at_targets(*teacher_pass(student, teacher, rows, config, final), rows)
-    if not hidden:
-        layers = {layer: states[:0] for layer, states in layers.items()}
-    return layers, next(iter(layers.values()))[:0] if last is None else last
+    hidden, last = at_targets(*teacher_pass(student, teacher, rows, config, final), rows)
+    if not layers:
+        hidden = {layer: states[:0] for layer, states in hidden.items()}
+    return hidden, next(iter(hidden.values()))[:0] if last is None else last
 
 # %% ../../nbs/train/04_teacher_cache.ipynb #df424a07
 def token_bytes(
@@ -252,40 +252,40 @@ class ShardWriter:
         self.parts, self.places, self.size = [], [], 0
 
 # %% ../../nbs/train/04_teacher_cache.ipynb #tcask003
-def by_states(asked: Iterable[Asked]) -> dict[tuple[bool, bool], list[Sample]]:
-    "Return the samples of `asked`, by `(hidden, final)`."
+def by_states(wants: Iterable[Want]) -> dict[tuple[bool, bool], list[Sample]]:
+    "Return the samples of `wants`, by `(layers, final)`."
     groups: dict[tuple[bool, bool], list[Sample]] = {}
-    for sample, *states in asked:
-        groups.setdefault((states[0], states[1]), []).append(sample)
+    for want in wants:
+        groups.setdefault((want.layers, want.final), []).append(want.sample)
     return groups
 
 # %% ../../nbs/train/04_teacher_cache.ipynb #af514ea8
 def write_shards(
     folder: Path,
     student: PeftModel,
-    asked: Iterable[Asked],
+    wants: Iterable[Want],
     config: CircuitBreakerConfig,
     pad_id: int,
     teacher: nn.Module | None = None,
 ) -> None:
-    """Write the files of a cache of what is `asked` to `folder`; those that an earlier, interrupted call has
+    """Write the files of a cache of the `wants` to `folder`; those that an earlier, interrupted call has
     finished are kept. Raises OSError (ENOSPC), which names `folder`, for a full disk."""
     ready, writer = finished_keys(folder), ShardWriter(folder)
-    for (hidden, final), group in by_states(asked).items():
+    for (layers, final), group in by_states(wants).items():
         left = [s for s in group if sample_key(s) not in ready]
         left.sort(key=lambda s: len(s.input_ids))
         for start in range(0, len(left), config.batch_size):
             some = left[start : start + config.batch_size]
-            layers, last = teacher_states(student, teacher, some, config, pad_id, final, hidden)
+            hidden, last = teacher_states(student, teacher, some, config, pad_id, final, layers)
             places = [
                 (
                     sample_key(s),
-                    int(s.loss_mask.sum()) if hidden else 0,
+                    int(s.loss_mask.sum()) if layers else 0,
                     int(s.loss_mask[1:].sum()) if final else 0,
                 )
                 for s in some
             ]
-            writer.add({layer: h.cpu() for layer, h in layers.items()}, last.cpu(), places)
+            writer.add({layer: h.cpu() for layer, h in hidden.items()}, last.cpu(), places)
     writer.flush()
 
 # %% ../../nbs/train/04_teacher_cache.ipynb #fa974c54
@@ -303,7 +303,7 @@ def same_states(mine: torch.Tensor, theirs: torch.Tensor | None) -> bool:
 def differs(
     cache: TeacherCache,
     student: PeftModel,
-    asked: Iterable[Asked],
+    wants: Iterable[Want],
     config: CircuitBreakerConfig,
     pad_id: int,
     teacher: nn.Module | None = None,
@@ -313,14 +313,14 @@ def differs(
     drawn anew each time, and by no seed of the run: nobody can know which ones a forged cache would have to
     get right."""
 
-    for (want_hidden, final), group in by_states(asked).items():
+    for (layers, final), group in by_states(wants).items():
         for sample in secrets.SystemRandom().sample(group, min(CHECKED, len(group))):
             hidden, last = teacher_states(student, teacher, [sample], config, pad_id, final)
             try:
-                states = cache.states([sample], want_hidden)
+                states = cache.states([sample], layers)
             except KeyError:
                 return f"it does not hold the sample of transcript {sample.transcript}"
-            pairs = [(hidden[layer], states["hidden"].get(layer)) for layer in hidden if want_hidden]
+            pairs = [(hidden[layer], states["hidden"].get(layer)) for layer in hidden if layers]
             pairs += [(last, states["last"])] if final else []
             if not all(same_states(mine, theirs) for mine, theirs in pairs):
                 return f"it is not what the teacher gives for transcript {sample.transcript}"
@@ -371,16 +371,16 @@ def open_cache(
     check_cached(config, is_in_parts(student))
     place = Path(place).expanduser()
     place.mkdir(parents=True, exist_ok=True, mode=0o700)
-    asked, began = asked_states(harmful, benign, twins), time.monotonic()
-    name = fingerprint(teacher or student, asked, config)
+    wants, began = state_wants(harmful, benign, twins), time.monotonic()
+    name = fingerprint(teacher or student, wants, config)
     folder, draft = place / name, place / f".{name}.unfinished"
-    size = cache_bytes(asked, *token_bytes(student, teacher, benign, config, pad_id))
+    size = cache_bytes(wants, *token_bytes(student, teacher, benign, config, pad_id))
     with holding(place, f".lock.{os.geteuid()}"):  # users of one place do not wait for each other
         for there in (folder, draft):
             if os.path.lexists(there):
                 check_own(there)
         if folder.exists():
-            cache, fault = load_sound_cache(folder, student, asked, config, pad_id, teacher)
+            cache, fault = load_sound_cache(folder, student, wants, config, pad_id, teacher)
             if cache:
                 say(
                     f"teacher cache: {size_words(size)}, found in {folder} and checked in "
@@ -395,7 +395,7 @@ def open_cache(
             f"{f' and {len(twins)} twins' if twins else ''}, made in {folder} ..."
         )
         draft.mkdir(exist_ok=True, mode=0o700)
-        write_shards(draft, student, asked, config, pad_id, teacher)
+        write_shards(draft, student, wants, config, pad_id, teacher)
         seal(draft)
         draft.rename(folder)
         sync(place)

@@ -372,7 +372,8 @@ function createControls(model, changed) {
   let gone = false;      // whether the kernel is
   const send = (name, value) => { model.set(name, value); model.save_changes(); };
   const say = (text) => { waiting.textContent = text; };
-  const ask = (name, value, text) => { send(name, value); changed({}); say(text); };
+  let pending = "";      // what the kernel was asked for and has not answered yet
+  const ask = (name, value, text) => { pending = text; send(name, value); changed({}); say(text); };
   const slider = (label, low, high, step, act, release) => node("input", { type: "range", "aria-label": label, min: low, max: high, step,
     oninput: (e) => act(Number(e.target.value)), onchange: (e) => release(Number(e.target.value)) });
   const ways = Object.entries(WAYS).map(([way, { name }]) => [way, `${way}: ${name}`]);
@@ -407,14 +408,14 @@ function createControls(model, changed) {
     beta.value = b;
     warmth.textContent = amount(d.temperature);
     weight.textContent = amount(b);
-    say(live ? "" : "Another temperature needs the kernel.");
+    say(live ? pending : "Another temperature needs the kernel.");
   }
   function lose() {
     gone = heat.disabled = true;
     picker.disable();
     say("");
   }
-  return { root, update, lose };
+  return { root, update, lose, isPending: () => Boolean(pending), answered() { pending = ""; } };
 }
 
 // Creates the explorer in `el` from `model`; returns a function that takes it down.
@@ -454,7 +455,7 @@ function createKL(el, model) {
   }
 
   function update() {
-    complain(gone ? GONE : model.get("problem"));
+    complain(gone ? GONE : controls.isPending() ? "" : model.get("problem"));
     note.textContent = model.get("note") || "";
     controls.update(now);
     hide();
@@ -518,8 +519,9 @@ function createKL(el, model) {
   };
   // neither the list nor another temperature answers any more
   const lose = () => { gone = true; complain(GONE); controls.lose(); };
-  const listeners = { "change:selected": guard(chose), comm_live_update: guard(lose) };
-  for (const name of ["answer", "problem", "divergence", "direction", "beta", "choices", "shown"]) listeners[`change:${name}`] = renew;
+  const listeners = { "change:selected": guard(chose), comm_live_update: guard(lose),
+    "change:answer": () => { controls.answered(); renew(); } };
+  for (const name of ["problem", "divergence", "direction", "beta", "choices", "shown"]) listeners[`change:${name}`] = renew;
   for (const [name, act] of Object.entries(listeners)) model.on(name, act);
   return () => {
     removeStrip();

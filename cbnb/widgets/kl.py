@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerFast
 # %% ../../nbs/widgets/03_kl.ipynb #ad9bdb64
 from ..basics.jsonfiles import RunError
 from ..basics.reading import read_text
-from ..basics.terminal import visible
+from ..basics.terminal import say, visible
 from ..config import CircuitBreakerConfig
 from ..data.sources import Reading, entry_paths, open_sources, reading_of, split_commas
 from ..data.streams import encoded_pairs, load_streams
@@ -205,7 +205,8 @@ def largest_target(divergence: Divergence | None = None, mask: np.ndarray | None
     target; `rest`: what else `kl_state` takes."""
     if divergence is None or mask is None or not mask[1:].any():
         return -1
-    return int(np.argmax(np.where(mask[1:], divergence.forward[:, 1:].max(0), -np.inf))) + 1
+    values = np.nan_to_num(divergence.forward[:, 1:].max(0), nan=-np.inf)
+    return int(np.argmax(np.where(mask[1:], values, -np.inf))) + 1
 
 # %% ../../nbs/widgets/03_kl.ipynb #82cc50d0
 def number_text(x: float) -> str:
@@ -273,8 +274,8 @@ def kl_html(
     **rest: Any,
 ) -> str:
     """Return the explorer as HTML tables without scripts or styles: the KL of each student, its share by
-    role, its `n` tokens with the largest KL, and the candidates at the first of them. `rest`: what else
-    `kl_state` takes."""
+    role, its `n` targets with the largest KL (without any, its tokens), and the candidates at the first of
+    them. `rest`: what else `kl_state` takes."""
     if encoding is None:
         return table_html(("view",), [(problem or "no tokens",)])
     assert divergence is not None and mask is not None and tokenizer is not None
@@ -283,7 +284,8 @@ def kl_html(
     safe = hide_candidates(divergence, encoding)
     for name in divergence.names:
         table = visible_table(encoding, mask, divergence, name, tokenizer)
-        top = top_tokens(table, n)
+        targets = table[table.in_mask]
+        top = top_tokens(targets if len(targets) else table, n)
         parts += [share_table(table, name), largest_table(top, name)]
         if len(top):
             parts.append(candidate_table(safe, int(top.index[0]), name, tokenizer))
@@ -397,7 +399,8 @@ class KLExplorer(anywidget.AnyWidget):
         else:
             self.arguments = arguments
         with self.hold_sync():
-            if change.name == "chosen" and "strip" in state:
+            # also where the one that is chosen could not be had at the temperature before
+            if "strip" in state and (change.name == "chosen" or self.shown != self.chosen):
                 self.selected, self.shown = largest_target(**arguments), self.chosen
             for name, value in state.items():
                 if name not in ("beta", "strip") or name == "strip" and value != self.strip:
@@ -640,18 +643,19 @@ def make_renew(
 # %% ../../nbs/widgets/03_kl.ipynb #klsurv01
 SURVEYED = 64
 
-
+# %% ../../nbs/widgets/03_kl.ipynb #klsurv04
 def survey(
     student: PeftModel,
     masker: ChatMasker,
     transcripts: Sequence[Transcript],
     config: CircuitBreakerConfig,
     teacher: nn.Module | None = None,
+    temperature: float | None = None,
     limit: int = SURVEYED,
 ) -> dict[int, float]:
-    """Return the largest forward KL at a target, in nats, of at most `limit` of the `transcripts` by their
-    index from 0: of those that are not harmful or, without any, of all. One that cannot be encoded or has no
-    target is left out."""
+    """Return the largest forward KL at a target, in nats and at `temperature` (None: the run's), of at most
+    `limit` of the `transcripts` by their index from 0: of those that are not harmful or, without any, of all.
+    One that cannot be encoded, has no target, or has a KL that is not finite is left out."""
     own = [i for i, t in enumerate(transcripts) if t.label != "harmful"] or [*range(len(transcripts))]
     spread = np.unique(np.linspace(0, len(own) - 1, min(limit, len(own))).round().astype(int))
     largest = {}
@@ -659,9 +663,10 @@ def survey(
         with contextlib.suppress(MaskError, TranscriptError):
             passes = measure(student, masker, transcripts[i], config, None, teacher)
             ids, mask = passes.about["encoding"].input_ids, passes.about["mask"]
-            d = diverge(passes.teacher, passes.students, ids, config.kl_temperature, 1)
-            if (at := largest_target(d, mask)) >= 0:
-                largest[i] = float(d.forward[:, at].max())
+            d = diverge(passes.teacher, passes.students, ids, temperature or config.kl_temperature, 1)
+            at = largest_target(d, mask)
+            if at >= 0 and np.isfinite(value := float(d.forward[:, at].max())):
+                largest[i] = value
     return largest
 
 # %% ../../nbs/widgets/03_kl.ipynb #klsurv02
@@ -748,12 +753,10 @@ def explorer_parts(
         check_adapter(path, trust_remote_code)
     config = run_config(run)
     model = find_base(model, folder, run, config)
-    more = ""
+    largest, more = dict[int, float](), ""
     if transcripts is None:
-        most = max(LIST_LENGTH, number or 1)
-        transcripts, more = transcripts_to_show(
-            data, run, most, relabel=relabel, on_error=on_error, tools=tools
-        )
+        how = {"relabel": relabel, "on_error": on_error, "tools": tools}
+        transcripts, more = transcripts_to_show(data, run, max(LIST_LENGTH, number or 1), **how)
     if number is not None and not 1 <= number <= len(transcripts):
         raise ValueError(f"there is no transcript {number}; there are {len(transcripts)}, counted from 1.")
     if run and not teacher:
@@ -764,9 +767,9 @@ def explorer_parts(
     rows = real_rows(masker, [transcripts[(number or 1) - 1]])
     students = load_students(base, folders, rows, trust_remote_code)
     other = load_model(teacher, dtype, trust_remote_code=trust_remote_code) if teacher else None
-    largest: dict[int, float] = {}
     if number is None and len(transcripts) > 1:
-        largest = survey(students, masker, transcripts, config, other)
+        say(f"measuring the KL of {min(SURVEYED, len(transcripts))} transcripts, to open at the largest …")
+        largest = survey(students, masker, transcripts, config, other, temperature)
         more = " ".join(filter(None, (survey_note(largest, len(transcripts)), more)))
     start = (number or 1) - 1 if not largest else max(largest, key=lambda i: largest[i])
     renew = make_renew(students, masker, transcripts, config, other, k, more)

@@ -966,10 +966,14 @@ class MaskExplorer:
         self.tokenizer = masker.tokenizer
         names = ("policies", "label", "max_length", "side")
         choice = {name: s[name] for name in names}
-        if s["twin"]:
-            known = transcript.meta.get("expected_call")
-            transcript = twin_side(transcript, s["twin"], {} if known else self.shelf.actions)
-        return explore(adapt(transcript, masker.adapt), masker, **choice, model=model_name(s["model"]))
+        is_open = s["twin"] and not transcript.meta.get("expected_call")
+        row = self.row(transcript, self.shelf.actions if is_open else {})
+        return explore(adapt(row, masker.adapt), masker, **choice, model=model_name(s["model"]))
+
+    def row(self, transcript: Transcript, messages: Mapping) -> Transcript:
+        "Return what is shown of a transcript: itself, or by the setting `twin` its `twin_side`."
+        side = self.settings["twin"]
+        return twin_side(transcript, side, messages) if side else transcript
 
     def masker_now(self) -> ChatMasker:
         "Return the masker of the settings. Raises what `load_masker` does."
@@ -985,13 +989,18 @@ class MaskExplorer:
         masker = self.masker_now() if finding else None
         name = self.looks["a"].removesuffix(TRUNCATED)
         how = {key: self.settings[key] for key in ("policies", "label", "max_length", "side")}
+        messages = self.shelf.actions if finding and self.settings["twin"] else {}
 
         def test(transcript: Transcript) -> bool:
             if not matches(transcript, **query):
                 return False
             if masker is None:
                 return True
-            view = explore(adapt(transcript, masker.adapt), masker, **how)
+            try:
+                row = self.row(transcript, messages)
+            except TranscriptError:  # no such row
+                return False
+            view = explore(adapt(row, masker.adapt), masker, **how)
             return any(f.kind == finding and mask in (name, "every mask") for mask, f in view.findings)
 
         assert self.shelf is not None
