@@ -77,6 +77,7 @@ def runs(tmp_path_factory):
         for way, other in (("ddp", "one"), ("fsdp", "ddp"), ("ddp", "fsdp"))
     ]
     at_zero = {"config": {"beta_kl": 0, "target_layers": [1], "lora_layers": [0, 3]}}
+    caches = {f"{name}_cache": str(folder / f"{name}-cache") for name in ("teacher", "encoded")}
     # searches: of an objective that has twins too
     twin, pairs, soft = ({"config": {"objective": name}} for name in ("rr_twin", "dpo", "rr_twin_adv"))
     one = [job(folder, f"one {size}", size, evaluated=size == EVALUATED) for size in SIZES] + [
@@ -97,7 +98,7 @@ def runs(tmp_path_factory):
         job(folder, "ddp with pairs", "accumulated", **pairs),
         job(folder, "fsdp with pairs", "accumulated", True, **pairs),
         job(folder, "ddp with searches", "accumulated", **soft),
-        job(folder, "ddp cached", "at once", teacher_cache=str(folder / "cache")),
+        job(folder, "ddp cached", "accumulated", **caches, **twin),
     ]
     told = together(1, one) + together(2, two + stopped)
     assert told.count("stopped") == 1 + 3 * 2, "each process of a stopped run says so"
@@ -191,9 +192,11 @@ def test_two_processes_share_the_twins(runs, way, what, count, term):
     assert all(row[count] and row[f"loss_{term}"] > 0 for row in metrics(runs / f"{way} with {what}"))
 
 
-def test_two_processes_share_a_teacher_cache(runs):
-    assert differences(runs / "one at once", runs / "ddp cached")[0] < 1e-4
-    assert len([p for p in (runs / "cache").iterdir() if p.is_dir()]) == 1
+def test_two_processes_share_the_caches_of_states_and_twins(runs):
+    worst, key = differences(runs / "one with twins", runs / "ddp cached")
+    assert worst < 1e-4, key
+    for name in ("teacher", "encoded"):
+        assert len([p for p in (runs / f"{name}-cache").iterdir() if p.is_dir()]) == 1
 
 
 def launch(folder, notebook, *parameters, processes=2, **options):

@@ -896,7 +896,7 @@ MASKER_SETTINGS = (
 )
 
 # %% ../../nbs/widgets/02_masks.ipynb #mxtwn002
-def twin_side(transcript: Transcript, side: str, messages: Mapping) -> Transcript:
+def twin_side(transcript: Transcript, side: str, messages: dict) -> Transcript:
     """Return the `side` of the twin of a harmful `transcript` (a name of `cbnb.data.twins.SIDES`), with the
     action from `messages` (`cbnb.data.twins.next_messages`) where the transcript itself names none. Raises
     TranscriptError that says why there is no such row."""
@@ -970,7 +970,7 @@ class MaskExplorer:
         row = self.row(transcript, self.shelf.actions if is_open else {})
         return explore(adapt(row, masker.adapt), masker, **choice, model=model_name(s["model"]))
 
-    def row(self, transcript: Transcript, messages: Mapping) -> Transcript:
+    def row(self, transcript: Transcript, messages: dict) -> Transcript:
         "Return what is shown of a transcript: itself, or by the setting `twin` its `twin_side`."
         side = self.settings["twin"]
         return twin_side(transcript, side, messages) if side else transcript
@@ -986,6 +986,7 @@ class MaskExplorer:
         `query` and of whose mask A the audit has the `finding` ("": any or none). Raises TranscriptError
         without transcripts, and what a model raises."""
         need(self.shelf is not None, "the explorer", "has no transcripts to search; name a file")
+        assert self.shelf is not None
         masker = self.masker_now() if finding else None
         name = self.looks["a"].removesuffix(TRUNCATED)
         how = {key: self.settings[key] for key in ("policies", "label", "max_length", "side")}
@@ -1003,7 +1004,6 @@ class MaskExplorer:
             view = explore(adapt(row, masker.adapt), masker, **how)
             return any(f.kind == finding and mask in (name, "every mask") for mask, f in view.findings)
 
-        assert self.shelf is not None
         return self.shelf.find(start, test)
 
     def static(self) -> StaticView:

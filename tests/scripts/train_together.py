@@ -2,7 +2,7 @@
 that several processes make together.
 
 usage: train_together.py JOBS     a JSON list of {"run_dir", "fsdp", "config": overrides,
-                                  "stop_after": step or null, "teacher_cache", "evaluated"}
+                                  "stop_after": step or null, "teacher_cache", "encoded_cache", "evaluated"}
 """
 
 import json
@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from cbnb.basics.processes import join, rank, world_size
 from cbnb.config import get_config
 from cbnb.data.streams import encode_stream
-from cbnb.data.twins import draft_twins, encode_twins
+from cbnb.data.twins import draft_twins
 from cbnb.evaluate.decoding import Decoding
 from cbnb.evaluate.evaluation import evaluate
 from cbnb.masking.masker import ChatMasker
@@ -24,6 +24,7 @@ from cbnb.run.metrics import write_result
 from cbnb.run.stages import stage
 from cbnb.step.models import add_adapter, load_model, load_tokenizer, save_adapter
 from cbnb.step.objectives import find_objective
+from cbnb.train.store import twins_for
 from cbnb.train.teacher_cache import open_cache
 from cbnb.train.trainer import train_breaker
 from cbnb.transcripts.tinyworld import make_transcripts
@@ -66,7 +67,7 @@ for job in json.loads(sys.argv[1]):
     benign, _ = encode_stream(make_transcripts("plain", 20), masker, config.benign_policy)
     if find_objective(config.objective).sides:
         drafts, report = draft_twins(attacks, [])
-        twins = encode_twins(drafts, masker, config, report)
+        twins = twins_for(config, drafts, masker, report, job.get("encoded_cache", ""))
     heldout = [t for kind in ("injection", "plain") for t in make_transcripts(kind, 5, "eval")]
     run = open_run({"config": json.dumps(job["config"])}, run_dir=job["run_dir"])
     with stage(run, "training"):
@@ -77,7 +78,7 @@ for job in json.loads(sys.argv[1]):
             if not p.requires_grad
         ]
         cache = (
-            open_cache(job["teacher_cache"], student, harmful, benign, config, pad_id)
+            open_cache(job["teacher_cache"], student, harmful, benign, config, pad_id, twins=twins or ())
             if job.get("teacher_cache")
             else None
         )
