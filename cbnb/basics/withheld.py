@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import functools
+import importlib
 import json
 import os
 import re
@@ -24,13 +25,13 @@ from .reading import read_text
 
 # %% auto #0
 __all__ = ['SECRET_NAME', 'SURE', 'MAYBE', 'SHORTEST', 'LONG', 'ORDINARY', 'INNER', 'USER', 'QUERY', 'FILES', 'END', 'AMP',
-           'CODE', 'SLASH', 'ESCAPE', 'NEXT_LINE', 'WRAPPED', 'BLANK', 'SURELY_WHOLE', 'MOST', 'SEEN', 'SECRET_STARTS',
-           'SECRET_TEXT', 'OPEN_ESCAPE', 'OPEN_LINE', 'is_path', 'is_worth', 'is_random', 'is_strong', 'url_secrets',
-           'json_leaves', 'login_secrets', 'inner_secrets', 'file_secrets', 'secret_files', 'secret_values',
-           'base64_forms', 'any_case', 'spellings', 'Needle', 'find_anchors', 'needles', 'elements', 'needle_pattern',
-           'all_needles', 'current_needles', 'merge_spans', 'windows', 'places', 'change_texts', 'withhold',
-           'without_tokens', 'scrub', 'scrub_places', 'cut', 'scrub_notebook', 'holder', 'compile_pattern', 'continues',
-           'open_tail', 'guard_session', 'guard_echo', 'kernel', 'guard']
+           'CODE', 'SLASH', 'ESCAPE', 'NEXT_LINE', 'WRAPPED', 'BLANK', 'IS_SOUND', 'ENGINE', 'SURELY_WHOLE', 'MOST',
+           'SEEN', 'SECRET_STARTS', 'SECRET_TEXT', 'OPEN_ESCAPE', 'OPEN_LINE', 'is_path', 'is_worth', 'is_random',
+           'is_strong', 'url_secrets', 'json_leaves', 'login_secrets', 'inner_secrets', 'file_secrets', 'secret_files',
+           'secret_values', 'base64_forms', 'any_case', 'spellings', 'Needle', 'find_anchors', 'needles', 'elements',
+           'needle_pattern', 'all_needles', 'current_needles', 'merge_spans', 'windows', 'places', 'change_texts',
+           'withhold', 'without_tokens', 'scrub', 'scrub_places', 'cut', 'scrub_notebook', 'holder', 'compile_pattern',
+           'continues', 'open_tail', 'guard_session', 'guard_echo', 'kernel', 'guard']
 
 # %% ../../nbs/basics/01_withheld.ipynb #whd00007
 SECRET_NAME = re.compile(
@@ -222,6 +223,10 @@ BLANK = (
     r"){1,200}+"
 )
 
+# %% ../../nbs/basics/01_withheld.ipynb #whdeng02
+IS_SOUND = bool(re.match(r"(?:a|%(?:25)*+5c){0,16}+%24", "%24"))
+ENGINE: Any = re if IS_SOUND else importlib.import_module("regex")
+
 # %% ../../nbs/basics/01_withheld.ipynb #ef3163b4
 def any_case(digits: str) -> str:
     "Return a pattern for the hexadecimal `digits` in capitals or small letters."
@@ -338,10 +343,10 @@ def needle_pattern(needle: Needle) -> re.Pattern[str]:
     "Return the compiled pattern of a needle; of what a text may hold by chance, as a word of its own only."
     form = f"(?:{re.escape(needle.form)}|{''.join(elements(needle))})"
     if is_strong(needle.form):
-        return re.compile(form)
+        return ENGINE.compile(form)
     escapes = (r"\\[nrt]", r"%[0-9A-Fa-f]{2}", r"\\x[0-9A-Fa-f]{2}", r"\\u[0-9A-Fa-f]{4}")
     before = "|".join([r"(?<![^\W_])", *(f"(?<={escape})" for escape in escapes)])
-    return re.compile(rf"(?:{before}){form}(?![^\W_])")
+    return ENGINE.compile(rf"(?:{before}){form}(?![^\W_])")
 
 # %% ../../nbs/basics/01_withheld.ipynb #c31101ef
 SEEN: dict[str, str] = {}  # {value: name} of every secret that this process has had in its environment
@@ -501,8 +506,8 @@ OPEN_LINE = re.compile(r"""['"]?,?\r?\n?[ \t]{0,80}b?['"]?\Z""")
 # %% ../../nbs/basics/01_withheld.ipynb #eafdbda9
 @functools.lru_cache(maxsize=4096)
 def compile_pattern(source: str) -> re.Pattern[str]:
-    "Return `re.compile`, whose own cache is small."
-    return re.compile(source)
+    "Return `ENGINE.compile`, whose own cache is small."
+    return ENGINE.compile(source)
 
 # %% ../../nbs/basics/01_withheld.ipynb #b4d15437
 def continues(text: str, at: int, patterns: list[str]) -> bool:
