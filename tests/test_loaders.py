@@ -48,6 +48,7 @@ ALLOWED = {  # what is not the door, and why
     "cbnb/sweep/spec.py": {"load"},  # yaml, by a SafeLoader
     # cbnb's own names, by a table that stands there
     "cbnb/__init__.py": {"import_module"},
+    "cbnb/basics/withheld.py": {"import_module"},  # of regex, by that name
     # of the user's own, as module:name
     "cbnb/masking/policies.py": {"import_module"},
     "cbnb/step/objectives.py": {"import_module"},
