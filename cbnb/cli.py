@@ -813,8 +813,8 @@ def run_merge(args: argparse.Namespace) -> int:
     from cbnb.sft.merge import merge_adapter
 
     disable_progress_bar()
-    say("merging: base and adapter are loaded in float32, saved, and compared ...", file=sys.stderr)
-    folder, kl = merge_adapter(args.adapter, args.out, args.model, args.trust_remote_code)
+    tell = partial(say, file=sys.stderr)
+    folder, kl = merge_adapter(args.adapter, args.out, args.model, args.trust_remote_code, tell)
     say(f"KL to base and adapter: {kl:.1e} nats per token", file=sys.stderr)
     say(folder)
     return 0

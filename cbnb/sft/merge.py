@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -131,11 +132,16 @@ def write_merge(adapter: Adapter, base: str, trust_remote_code: bool, folder: Pa
 
 # %% ../../nbs/sft/06_merge.ipynb #sft06fn4
 def merge_adapter(
-    name: str, out: str | Path, model: str | None = None, trust_remote_code: bool = False
+    name: str,
+    out: str | Path,
+    model: str | None = None,
+    trust_remote_code: bool = False,
+    tell: Callable[[str], Any] = lambda line: None,
 ) -> tuple[Path, float]:
     """Merge the adapter `name` (a run's directory, an adapter's folder or a hub id) into its base, or into
-    `model`, and return the new folder `out` with the KL of the two in nats per token. Raises RunError,
-    ConfigError, ValueError and OSError in one sentence, and then leaves no folder."""
+    `model`, and return the new folder `out` with the KL of the two in nats per token. `tell` is called
+    with a line before what takes its time. Raises RunError, ConfigError, ValueError and OSError in one
+    sentence, and then leaves no folder."""
     adapter, place = find_adapter(name, trust_remote_code), Path(out).expanduser().absolute()
     if adapter.folder is None:
         raise ConfigError(
@@ -146,6 +152,7 @@ def merge_adapter(
     there = RunError(f"{place} is there already, and is not replaced: give another folder")
     if place.exists() or place.is_symlink():
         raise there
+    tell("merging: base and adapter are loaded in float32, saved, and compared ...")
     records: list[dict[str, Any]] = []
     folder = keep_folder(
         place.parent,
