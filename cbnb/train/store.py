@@ -54,7 +54,7 @@ from cbnb.data.streams import (
 )
 
 # %% ../../nbs/train/03_store.ipynb #sttwn014
-from ..data.twins import Draft, encode_twins, no_twins
+from ..data.twins import SIDES, Draft, encode_twins, no_twins
 from ..masking.masker import ChatMasker
 from ..masking.templates import MaskError
 from ..run.sealed import damage, seal, sync
@@ -443,7 +443,7 @@ def write_twins(
 def draft_values(drafts: Iterable[Draft]) -> Iterator[SimpleNamespace]:
     "Yield what `drafts` say, for `stream_key`: the fields of their sides, and where the action is from."
     for draft in drafts:
-        sides = {name: vars(getattr(draft, name)) for name in ("injected", "clean", "rejected")}
+        sides = {name: vars(getattr(draft, name)) for name in SIDES}
         yield SimpleNamespace(**sides, origin=draft.origin)
 
 # %% ../../nbs/train/03_store.ipynb #sttwn007

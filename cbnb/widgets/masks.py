@@ -676,9 +676,8 @@ def message_words(message: Mapping[str, Any]) -> str:
 # %% ../../nbs/widgets/02_masks.ipynb #st5fnd02
 def matches(transcript: Transcript, label: str = "", kind: str = "", text: str = "") -> bool:
     """Return whether a transcript has the `label`, has `kind` in its id, its source or its kind
-    (`meta["kind"]`), and says `text` in its messages or calls
-    (`message_words`). Capitals do not matter, "" asks for
-    nothing."""
+    (`meta["kind"]`), and says `text` in its messages or calls (`message_words`). Capitals do not matter, ""
+    asks for nothing."""
     names = (transcript.id, transcript.source, transcript.meta.get("kind") or "")
     said = map(message_words, transcript.messages)
     return (
